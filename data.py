@@ -1,0 +1,428 @@
+"""Preference triplets: from any of the usual schemas to token ids, and from ids to packed micro-batches.
+
+    data = load_pairs("ultrafeedback.jsonl.gz", "train", tokenizer, max_length=2048)
+    data.triplets[0].prompt, .chosen, .rejected     # token ids
+    batch = pack(data.triplets[:8])                 # one row of T tokens for policy.PackedLM
+
+Rows that cannot be trained on are dropped and counted by reason, never repaired in silence. This file
+knows no model and no ranks; every rank reads the same rows and takes its share of batch_indices().
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ACCEPTED = """accepted, with columns chosen and rejected:
+  two chats (lists of {role, content}) that share all turns but the last; a string `prompt` is ignored
+  a `prompt` chat, and chosen and rejected of one assistant message each
+  three strings prompt, chosen, rejected
+  two strings with "\\n\\nHuman:" and "\\n\\nAssistant:" turns (hh-rlhf)"""
+MALFORMED_LIMIT = 0.01  # above this share of faulty rows it is the data set that is wrong
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message is the one line to show."""
+
+
+class RowFault(Exception):
+    """Why one row is dropped."""
+
+
+class TooLong(RowFault):
+    """Dropped for its length: nothing is wrong with the row."""
+
+
+class Triplet(NamedTuple):
+    """Token ids, int32: chosen and rejected continue prompt, which holds the assistant header [choice 12]."""
+
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+    row: int  # in the source, counted from 0
+
+
+class PreferenceData(NamedTuple):
+    triplets: list[Triplet]
+    dropped: Counter  # reason -> rows
+    notes: Counter  # what was seen in rows that were kept -> rows
+    n_rows: int
+    fingerprint: str  # of every token id in order
+
+    def summary(self) -> str:
+        counts = lambda c: ", ".join(f"{reason} {n}" for reason, n in sorted(c.items())) or "none"  # noqa: E731
+        return (
+            f"{len(self.triplets):,} of {self.n_rows:,} rows; dropped: {counts(self.dropped)}; "
+            f"kept but noted: {counts(self.notes)}"
+        )
+
+
+# ---------------------------------------------------------------------- rows
+
+
+def read_rows(source: str, split: str):
+    """A local .jsonl, .json or .parquet (also .gz), a folder, or a Hub id -> a sequence of dicts."""
+    path = Path(source)
+    kind = re.search(r"\.(jsonl|json|parquet)(\.gz)?$", source)
+    if path.is_dir():
+        return read_with_datasets(source, split)
+    if not kind:
+        if path.is_file():
+            raise InputError(f"{source}: not a .jsonl, .json or .parquet file (also .gz)")
+        return read_with_datasets(source, split)
+    if not path.is_file():
+        raise InputError(f"{source}: no such file")
+    if split != "train":
+        raise InputError(f"{source}: no split {split!r}; a single file has one, 'train'")
+    try:
+        raw = gzip.decompress(path.read_bytes()) if kind[2] else path.read_bytes()
+    except (OSError, EOFError) as error:  # gzip's own errors are among these
+        raise InputError(f"{source}: cannot be read: {error}") from None
+    return parse_parquet(source, raw) if kind[1] == "parquet" else parse_json(source, raw)
+
+
+def parse_parquet(source, raw):
+    import pyarrow  # comes with datasets; a second to import, so only where it is needed
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(io.BytesIO(raw)).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{source}: not a whole parquet file: {error}") from None
+
+
+def parse_json(source, raw):
+    """One JSON list of rows, or one row a line."""
+    try:
+        text = raw.decode("utf-8")
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+    except ValueError as error:  # both decoding and JSON
+        raise InputError(f"{source}: {error}") from None
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"{source}, line {number}: not JSON: {error}") from None
+    return rows
+
+
+def read_with_datasets(source, split):
+    import datasets  # two seconds to import, so only where it is needed
+
+    try:
+        if Path(source, "dataset_dict.json").is_file() or Path(source, "state.json").is_file():
+            found = datasets.load_from_disk(source)
+        else:
+            found = datasets.load_dataset(source)
+    except Exception as error:  # whatever the Hub, the network or a parser says, the user needs it
+        raise InputError(f"{source}: neither a file here nor a data set: {first_line(error)}") from None
+    if isinstance(found, datasets.Dataset):
+        found = {"train": found}
+    if split not in found:
+        raise InputError(f"{source}: no split {split!r}; it has {', '.join(found)}")
+    return found[split]
+
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def check_columns(source, rows):
+    """The data set as a whole is no preference data: say what was found and what is accepted."""
+    if not len(rows):
+        raise InputError(f"{source}: no rows")
+    row = rows[0]
+    columns = list(row) if isinstance(row, dict) else [f"a {type(row).__name__}"]
+    usable = "chosen" in columns and "rejected" in columns
+    if usable and isinstance(row["chosen"], str):  # without a chat, a prompt or hh-rlhf's turns
+        usable = "prompt" in columns or HH_TURN.search(row["chosen"])
+    if not usable:
+        raise InputError(f"{source}: no preference data in {', '.join(columns)}; {ACCEPTED}")
+
+
+# ---------------------------------------------------------------------- one row to messages
+
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+def to_messages(row) -> tuple[list[dict], str, str]:
+    """A row of any accepted schema -> the prompt's messages, chosen and rejected text. RowFault if it is none."""
+    if not isinstance(row, dict):
+        raise RowFault("not an object")
+    prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if isinstance(prompt, str):
+            chat = [{"role": "user", "content": prompt}]
+            return checked(chat, chosen, rejected)
+        chosen, rejected, prompt = hh_turns(chosen), hh_turns(rejected), None
+    for chat in (chosen, rejected, *([prompt] if isinstance(prompt, list) else [])):
+        check_chat(chat)
+    if isinstance(prompt, list):
+        # some sets repeat the prompt inside both chats
+        chosen, rejected = (c[len(prompt) :] if c[: len(prompt)] == prompt else c for c in (chosen, rejected))
+    else:  # a prompt string beside chats repeats the user turn: the common turns are the prompt
+        limit = min(len(chosen), len(rejected)) - 1
+        n = next((i for i in range(limit) if bare(chosen[i]) != bare(rejected[i])), limit)
+        prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
+    if len(chosen) != 1 or len(rejected) != 1:
+        raise RowFault("different prompts")
+    if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
+        raise RowFault("answer is not the assistant's")
+    return checked([bare(m) for m in prompt], chosen[0]["content"], rejected[0]["content"])
+
+
+def bare(message):
+    return {"role": message["role"], "content": message["content"]}
+
+
+def check_chat(chat):
+    if not isinstance(chat, list) or not chat:
+        raise RowFault("not text")
+    for message in chat:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise RowFault("not text")
+        if not isinstance(message.get("role"), str):
+            raise RowFault("not text")
+
+
+def hh_turns(text):
+    parts = HH_TURN.split(text)
+    if len(parts) < 3 or parts[0].strip():
+        raise RowFault("not text")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[r], "content": c.strip()} for r, c in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+
+
+def checked(prompt, chosen, rejected):
+    turns = prompt[1:] if prompt and prompt[0]["role"] == "system" else prompt
+    if [m["role"] for m in turns] != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+        raise RowFault("turns do not alternate")
+    if not chosen.strip() or not rejected.strip():
+        raise RowFault("empty answer")
+    if chosen == rejected:
+        raise RowFault("identical pair")
+    return prompt, chosen, rejected
+
+
+# ---------------------------------------------------------------------- messages to ids
+
+
+class ChatEncoder:
+    """Messages to token ids by the tokenizer's own chat template, in one pass (rendering to text and
+    tokenising that again would double the BOS). Training and evaluation share it."""
+
+    def __init__(self, tokenizer):
+        if not getattr(tokenizer, "chat_template", None):
+            raise InputError("the tokenizer has no chat template: pass one with --chat_template FILE (jinja)")
+        self.tokenizer = tokenizer
+        self.bos = tokenizer.bos_token_id
+        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+        special |= set(tokenizer.all_special_tokens)
+        self.special_text = re.compile("|".join(map(re.escape, sorted(special))) or r"(?!)")
+        self.special_ids = set(tokenizer.convert_tokens_to_ids(list(special)))
+        self.folds_system = not self.accepts([{"role": "system", "content": "s"}])
+        self.find_end_of_turn()
+
+    def template(self, messages, generation_prompt=False) -> list[int]:
+        return self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=generation_prompt, tokenize=True, return_dict=False
+        )
+
+    def accepts(self, first_turns):
+        import jinja2
+
+        try:
+            self.template([*first_turns, {"role": "user", "content": "u"}])
+        except jinja2.TemplateError:
+            return False
+        return True
+
+    def find_end_of_turn(self):
+        """The special token that the template puts after an answer, and how many tokens (a line feed)
+        follow it. A template without one gets the tokenizer's EOS, or the model would never stop."""
+        user = [{"role": "user", "content": "u"}]
+        ids = self.template([*user, {"role": "assistant", "content": "a"}])
+        after = len(self.template(user, True))
+        special = [i for i in range(min(after, len(ids)), len(ids)) if ids[i] in self.special_ids]
+        self.append_eos = not special
+        self.tail = len(ids) - 1 - special[-1] if special else 0
+        self.end_of_turn = ids[special[-1]] if special else self.tokenizer.eos_token_id
+        if self.end_of_turn is None:
+            raise InputError("the chat template ends no turn and the tokenizer has no EOS token")
+
+    def prompt_ids(self, messages) -> list[int]:
+        """The prompt with the assistant header, exactly one BOS in front if the tokenizer has one."""
+        return self.with_bos(self.template(self.fold(messages), generation_prompt=True))
+
+    def answer_ids(self, messages, answer) -> list[int]:
+        """The whole conversation; its last token is the end of turn."""
+        ids = self.template([*self.fold(messages), {"role": "assistant", "content": answer}])
+        ids = ids + [self.end_of_turn] if self.append_eos else ids[: len(ids) - self.tail]
+        return self.with_bos(ids)
+
+    def with_bos(self, ids):
+        return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
+
+    def fold(self, messages):
+        """Gemma's template refuses a system turn: it then opens the first user turn."""
+        if not self.folds_system or messages[0]["role"] != "system":
+            return messages
+        system, user, *rest = messages
+        return [{**user, "content": system["content"] + "\n\n" + user["content"]}, *rest]
+
+    def triplet(self, messages, chosen, rejected, max_length, row, notes) -> Triplet:
+        """RowFault, or TooLong where no token of an answer is left; notes counts what was seen."""
+        for text in (*(m["content"] for m in messages), chosen, rejected):
+            if self.special_text.search(text):  # one-pass templating cannot escape it
+                raise RowFault("literal special token")
+        prompt = self.prompt_ids(messages)
+        answers = [self.answer_ids(messages, chosen), self.answer_ids(messages, rejected)]
+        # a tokenizer may merge across the border: both answers then start where all three still agree
+        n = min(common_prefix(prompt, ids) for ids in answers)
+        if answers[0] == answers[1]:
+            raise RowFault("identical pair")  # the template strips white space
+        if max(map(len, answers)) <= n or n == 0:
+            raise RowFault("empty answer")
+        chosen, rejected = (ids[n:max_length] for ids in answers)
+        if n >= max_length or chosen == rejected:
+            raise TooLong("prompt leaves no room" if n >= max_length else "identical after truncation")
+        notes["prompt is no token prefix"] += n < len(prompt)
+        notes["truncated"] += max(map(len, answers)) > max_length
+        notes["system turn folded"] += self.folds_system and messages[0]["role"] == "system"
+        return Triplet(*(np.array(ids, dtype=np.int32) for ids in (prompt[:n], chosen, rejected)), row)
+
+
+def common_prefix(a, b) -> int:
+    n = min(len(a), len(b))
+    return n if a[:n] == b[:n] else next(i for i in range(n) if a[i] != b[i])
+
+
+def load_pairs(source: str, split: str, tokenizer, max_length: int, log=lambda line: None) -> PreferenceData:
+    """Everything above. InputError if the source cannot be used or more than 1 % of its rows are malformed."""
+    rows = read_rows(source, split)
+    check_columns(source, rows)
+    encoder = ChatEncoder(tokenizer)
+    triplets, faults, too_long, notes = [], Counter(), Counter(), Counter()
+    for i, row in enumerate(rows):
+        try:
+            triplets.append(encoder.triplet(*to_messages(row), max_length, i, notes))
+        except TooLong as reason:
+            too_long[str(reason)] += 1
+        except RowFault as reason:
+            faults[str(reason)] += 1
+        else:
+            better, worse = row.get("score_chosen"), row.get("score_rejected")
+            if isinstance(better, int | float) and isinstance(worse, int | float):
+                notes["score tie"] += better == worse
+                notes["score inversion"] += better < worse
+        if (i + 1) % 10_000 == 0:
+            log(f"tokenised {i + 1:,} of {len(rows):,} rows")
+    if faults.total() > MALFORMED_LIMIT * len(rows):
+        counts = ", ".join(f"{reason} {n}" for reason, n in faults.most_common())
+        raise InputError(
+            f"{source}: {faults.total()} of {len(rows)} rows are malformed, more than "
+            f"{MALFORMED_LIMIT:.0%}: {counts}; {ACCEPTED}"
+        )
+    digest = hashlib.sha256()
+    for ids in (ids for t in triplets for ids in t[:3]):
+        digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
+    return PreferenceData(triplets, too_long + faults, +notes, len(rows), digest.hexdigest()[:16])
+
+
+# ---------------------------------------------------------------------- order and packing
+
+
+@lru_cache(maxsize=2)
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def batch_indices(step: int, n: int, batch_size: int, seed: int) -> np.ndarray:
+    """The pairs of a step, (batch_size,): a function of the step alone, so a resumed run needs no sampler
+    state. Each epoch is a permutation of its own; what is left after its last whole batch is not used."""
+    epoch, position = divmod(step, n // batch_size)
+    return epoch_order(n, seed, epoch)[position * batch_size : (position + 1) * batch_size]
+
+
+class Packed(NamedTuple):
+    """A micro-batch of B pairs as one row of T tokens; sequence i < B is chosen, B + i is rejected."""
+
+    ids: Tensor  # (T,)
+    position_ids: Tensor  # (T,) chosen and rejected both continue at len(prompt)
+    segments: tuple  # per pair (start, prompt, chosen, rejected): the first token, and lengths
+    predict: Tensor  # (R,) for each response token, the position whose hidden state predicts it
+    labels: Tensor  # (R,) that token
+    owner: Tensor  # (R,) the sequence it belongs to
+    gather: Tensor  # (2B, L) the positions of each sequence's tokens, prompt and response
+    mask: Tensor  # (2B, L) bool, real tokens of gather
+    lengths: Tensor  # (2B,) response tokens
+    real_tokens: int  # 2 * prompt + chosen + rejected, summed: what every tokens/s counts
+
+    def to(self, device):
+        return Packed(*(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in self))
+
+
+def pack(triplets: list[Triplet], share_prompt: bool = True) -> Packed:
+    """Lays the pairs out as [prompt, chosen, rejected], or without share_prompt as [prompt, chosen] and
+    [prompt, rejected], which is plain packing: the same function of the model, more tokens."""
+    ids, positions, segments, sequences, responses = [], [], [], [[], []], [[], []]
+    start = 0
+    for t in triplets:
+        p, c, r = len(t.prompt), len(t.chosen), len(t.rejected)
+        prompt = start + np.arange(p)
+        chosen = start + p + np.arange(c)
+        if share_prompt:
+            segments.append((start, p, c, r))
+            ids += [t.prompt, t.chosen, t.rejected]
+            positions += [np.arange(p + c), p + np.arange(r)]
+            prompt_again, rejected = prompt, start + p + c + np.arange(r)
+        else:
+            segments += [(start, p, c, 0), (start + p + c, p, r, 0)]
+            ids += [t.prompt, t.chosen, t.prompt, t.rejected]
+            positions += [np.arange(p + c), np.arange(p + r)]
+            prompt_again = start + p + c + np.arange(p)
+            rejected = start + 2 * p + c + np.arange(r)
+        sequences[0].append(np.concatenate([prompt, chosen]))
+        sequences[1].append(np.concatenate([prompt_again, rejected]))
+        # the last prompt position predicts an answer's first token
+        responses[0].append(np.concatenate([prompt[-1:], chosen[:-1]]))
+        responses[1].append(np.concatenate([prompt_again[-1:], rejected[:-1]]))
+        start = positions_end(segments[-1])
+    sequences, responses = sequences[0] + sequences[1], responses[0] + responses[1]
+    lengths = np.array([len(x) for x in responses])
+    width = max(map(len, sequences))
+    gather = np.stack([np.pad(s, (0, width - len(s))) for s in sequences])  # pads read position 0
+    mask = np.arange(width) < np.array([len(s) for s in sequences])[:, None]
+    labels = [t.chosen for t in triplets] + [t.rejected for t in triplets]
+    long = lambda x: torch.from_numpy(np.asarray(x, dtype=np.int64))  # noqa: E731
+    return Packed(
+        ids=long(np.concatenate(ids)),
+        position_ids=long(np.concatenate(positions)),
+        segments=tuple(segments),
+        predict=long(np.concatenate(responses)),
+        labels=long(np.concatenate(labels)),
+        owner=long(np.repeat(np.arange(len(lengths)), lengths)),
+        gather=long(gather),
+        mask=torch.from_numpy(mask),
+        lengths=long(lengths),
+        real_tokens=int(mask.sum()),
+    )
+
+
+def positions_end(segment):
+    return sum(segment)
