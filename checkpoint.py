@@ -1,8 +1,10 @@
-"""What a run leaves behind: the state that --resume continues from, and the exports that others load.
+"""What a run leaves behind: the state that --resume continues from, and the exports that others
+load.
 
-    out_dir/state/step-000040/   torch.distributed.checkpoint: policy, optimisers, critics, RNG of each rank
-    out_dir/hf/                  the policy as a Hugging Face folder, tokenizer and chat template included
-    out_dir/discriminators.pt    both critics with their running means, and how to build them
+    out_dir/state/step-000040/   torch.distributed.checkpoint: policy, optimisers, critics, RNG of
+    each rank out_dir/hf/                  the policy as a Hugging Face folder, tokenizer and chat
+    template included out_dir/discriminators.pt    both critics with their running means, and how to
+    build them
 
 Every function that takes a sharded model is collective: all ranks call it.
 """
@@ -20,19 +22,22 @@ from discriminator import build_discriminator
 
 
 def _state(policy, optimizer, critics, critic_optimizer):
-    """Everything that the next step depends on but the data order, which is a function of the step."""
+    """Everything that the next step depends on but the data order, which is a function of the
+    step."""
     state = {"torch_rng": {str(dist.get_rank()): torch.get_rng_state()}}
     if torch.cuda.is_available():
         state["cuda_rng"] = {str(dist.get_rank()): torch.cuda.get_rng_state()}
     state["policy"], state["optimizer"] = get_state_dict(policy, optimizer)
-    if critics is not None:  # buffers included: spectral norm's vectors, running means and their count
+    if (
+        critics is not None
+    ):  # buffers included: spectral norm's vectors, running means and their count
         state["critics"], state["critic_optimizer"] = get_state_dict(critics, critic_optimizer)
     return state
 
 
 def save_state(out_dir, step, policy, optimizer, critics, critic_optimizer):
-    """Writes state/step-NNNNNN, `step` being the number of finished steps, and then drops the older ones.
-    The folder takes its name only when it is whole."""
+    """Writes state/step-NNNNNN, `step` being the number of finished steps, and then drops the older
+    ones. The folder takes its name only when it is whole."""
     folder = Path(out_dir, "state", f"step-{step:06d}")
     unfinished = folder.with_name("unfinished")
     dcp.save(_state(policy, optimizer, critics, critic_optimizer), checkpoint_id=unfinished)
@@ -71,14 +76,17 @@ def load_state(out_dir, step, policy, optimizer, critics, critic_optimizer):
 
 
 def export_policy(policy, tokenizer, folder):
-    """The policy as a Hugging Face folder in its own precision: the same logits when loaded again."""
+    """The policy as a Hugging Face folder in its own precision: the same logits when loaded
+    again."""
     weights = {}
     for name, value in policy.model.state_dict().items():
         value = value.full_tensor() if hasattr(value, "full_tensor") else value  # collective
         if dist.get_rank() == 0:
             weights[name] = value.cpu()
     if dist.get_rank() == 0:
-        with torch.device("meta"):  # save_pretrained of the sharded model itself fails: a shell does
+        with torch.device(
+            "meta"
+        ):  # save_pretrained of the sharded model itself fails: a shell does
             shell = AutoModelForCausalLM.from_config(policy.model.config)
         shell.generation_config = policy.model.generation_config
         if policy.model.config.tie_word_embeddings:  # gathered twice, stored once

@@ -1,11 +1,13 @@
-"""Preference triplets: from any of the usual schemas to token ids, and from ids to packed micro-batches.
+"""Preference triplets: from any of the usual schemas to token ids, and from ids to packed
+micro-batches.
 
     data = load_pairs("ultrafeedback.jsonl.gz", "train", tokenizer, max_length=2048)
     data.triplets[0].prompt, .chosen, .rejected     # token ids
     batch = pack(data.triplets[:8])                 # one row of T tokens for policy.PackedLM
 
-Rows that cannot be trained on are dropped and counted by reason, never repaired in silence. This file
-knows no model and no ranks; every rank reads the same rows and takes its share of batch_indices().
+Rows that cannot be trained on are dropped and counted by reason, never repaired in silence. This
+file knows no model and no ranks; every rank reads the same rows and takes its share of
+batch_indices().
 """
 
 import gzip
@@ -22,11 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ACCEPTED = """accepted, with columns chosen and rejected:
-  two chats (lists of {role, content}) that share all turns but the last; a string `prompt` is ignored
-  a `prompt` chat, and chosen and rejected of one assistant message each
-  three strings prompt, chosen, rejected
-  two strings with "\\n\\nHuman:" and "\\n\\nAssistant:" turns (hh-rlhf)"""
+ACCEPTED = (
+    "accepted are columns chosen and rejected as two chats (lists of {role, content}) that share all"
+    " turns but the last, beside a prompt string or none; a prompt chat with one assistant message"
+    " each; strings prompt, chosen, rejected; or two strings of \\n\\nHuman: and \\n\\nAssistant: turns"
+)
 MALFORMED_LIMIT = 0.01  # above this share of faulty rows it is the data set that is wrong
 
 
@@ -43,7 +45,8 @@ class TooLong(RowFault):
 
 
 class Triplet(NamedTuple):
-    """Token ids, int32: chosen and rejected continue prompt, which holds the assistant header [choice 12]."""
+    """Token ids, int32: chosen and rejected continue prompt, which holds the assistant header
+    [choice 12]."""
 
     prompt: np.ndarray
     chosen: np.ndarray
@@ -70,7 +73,8 @@ class PreferenceData(NamedTuple):
 
 
 def read_rows(source: str, split: str):
-    """A local .jsonl, .json or .parquet (also .gz), a folder, or a Hub id -> a sequence of dicts."""
+    """A local .jsonl, .json or .parquet (also .gz), a folder, or a Hub id -> a sequence of
+    dicts."""
     path = Path(source)
     kind = re.search(r"\.(jsonl|json|parquet)(\.gz)?$", source)
     if path.is_dir():
@@ -128,7 +132,9 @@ def read_with_datasets(source, split):
         else:
             found = datasets.load_dataset(source)
     except Exception as error:  # whatever the Hub, the network or a parser says, the user needs it
-        raise InputError(f"{source}: neither a file here nor a data set: {first_line(error)}") from None
+        raise InputError(
+            f"{source}: neither a file here nor a data set: {first_line(error)}"
+        ) from None
     if isinstance(found, datasets.Dataset):
         found = {"train": found}
     if split not in found:
@@ -159,7 +165,8 @@ HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def to_messages(row) -> tuple[list[dict], str, str]:
-    """A row of any accepted schema -> the prompt's messages, chosen and rejected text. RowFault if it is none."""
+    """A row of any accepted schema -> the prompt's messages, chosen and rejected text. RowFault if
+    it is none."""
     if not isinstance(row, dict):
         raise RowFault("not an object")
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
@@ -172,7 +179,9 @@ def to_messages(row) -> tuple[list[dict], str, str]:
         check_chat(chat)
     if isinstance(prompt, list):
         # some sets repeat the prompt inside both chats
-        chosen, rejected = (c[len(prompt) :] if c[: len(prompt)] == prompt else c for c in (chosen, rejected))
+        chosen, rejected = (
+            c[len(prompt) :] if c[: len(prompt)] == prompt else c for c in (chosen, rejected)
+        )
     else:  # a prompt string beside chats repeats the user turn: the common turns are the prompt
         limit = min(len(chosen), len(rejected)) - 1
         n = next((i for i in range(limit) if bare(chosen[i]) != bare(rejected[i])), limit)
@@ -204,7 +213,8 @@ def hh_turns(text):
         raise RowFault("not text")
     roles = {"Human": "user", "Assistant": "assistant"}
     return [
-        {"role": roles[r], "content": c.strip()} for r, c in zip(parts[1::2], parts[2::2], strict=True)
+        {"role": roles[r], "content": c.strip()}
+        for r, c in zip(parts[1::2], parts[2::2], strict=True)
     ]
 
 
@@ -223,12 +233,14 @@ def checked(prompt, chosen, rejected):
 
 
 class ChatEncoder:
-    """Messages to token ids by the tokenizer's own chat template, in one pass (rendering to text and
-    tokenising that again would double the BOS). Training and evaluation share it."""
+    """Messages to token ids by the tokenizer's own chat template, in one pass (rendering to text
+    and tokenising that again would double the BOS). Training and evaluation share it."""
 
     def __init__(self, tokenizer):
         if not getattr(tokenizer, "chat_template", None):
-            raise InputError("the tokenizer has no chat template: pass one with --chat_template FILE (jinja)")
+            raise InputError(
+                "the tokenizer has no chat template: pass one with --chat_template FILE (jinja)"
+            )
         self.tokenizer = tokenizer
         self.bos = tokenizer.bos_token_id
         special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
@@ -253,8 +265,9 @@ class ChatEncoder:
         return True
 
     def find_end_of_turn(self):
-        """The special token that the template puts after an answer, and how many tokens (a line feed)
-        follow it. A template without one gets the tokenizer's EOS, or the model would never stop."""
+        """The special token that the template puts after an answer, and how many tokens (a line
+        feed) follow it. A template without one gets the tokenizer's EOS, or the model would never
+        stop."""
         user = [{"role": "user", "content": "u"}]
         ids = self.template([*user, {"role": "assistant", "content": "a"}])
         after = len(self.template(user, True))
@@ -266,7 +279,8 @@ class ChatEncoder:
             raise InputError("the chat template ends no turn and the tokenizer has no EOS token")
 
     def prompt_ids(self, messages) -> list[int]:
-        """The prompt with the assistant header, exactly one BOS in front if the tokenizer has one."""
+        """The prompt with the assistant header, exactly one BOS in front if the tokenizer has
+        one."""
         return self.with_bos(self.template(self.fold(messages), generation_prompt=True))
 
     def answer_ids(self, messages, answer) -> list[int]:
@@ -292,7 +306,8 @@ class ChatEncoder:
                 raise RowFault("literal special token")
         prompt = self.prompt_ids(messages)
         answers = [self.answer_ids(messages, chosen), self.answer_ids(messages, rejected)]
-        # a tokenizer may merge across the border: both answers then start where all three still agree
+        # a tokenizer may merge across the border: both answers then start where all three still
+        # agree
         n = min(common_prefix(prompt, ids) for ids in answers)
         if answers[0] == answers[1]:
             raise RowFault("identical pair")  # the template strips white space
@@ -300,11 +315,15 @@ class ChatEncoder:
             raise RowFault("empty answer")
         chosen, rejected = (ids[n:max_length] for ids in answers)
         if n >= max_length or chosen == rejected:
-            raise TooLong("prompt leaves no room" if n >= max_length else "identical after truncation")
+            raise TooLong(
+                "prompt leaves no room" if n >= max_length else "identical after truncation"
+            )
         notes["prompt is no token prefix"] += n < len(prompt)
         notes["truncated"] += max(map(len, answers)) > max_length
         notes["system turn folded"] += self.folds_system and messages[0]["role"] == "system"
-        return Triplet(*(np.array(ids, dtype=np.int32) for ids in (prompt[:n], chosen, rejected)), row)
+        return Triplet(
+            *(np.array(ids, dtype=np.int32) for ids in (prompt[:n], chosen, rejected)), row
+        )
 
 
 def common_prefix(a, b) -> int:
@@ -312,8 +331,11 @@ def common_prefix(a, b) -> int:
     return n if a[:n] == b[:n] else next(i for i in range(n) if a[i] != b[i])
 
 
-def load_pairs(source: str, split: str, tokenizer, max_length: int, log=lambda line: None) -> PreferenceData:
-    """Everything above. InputError if the source cannot be used or more than 1 % of its rows are malformed."""
+def load_pairs(
+    source: str, split: str, tokenizer, max_length: int, log=lambda line: None
+) -> PreferenceData:
+    """Everything above. InputError if the source cannot be used or more than 1 % of its rows are
+    malformed."""
     rows = read_rows(source, split)
     check_columns(source, rows)
     encoder = ChatEncoder(tokenizer)
@@ -353,14 +375,16 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def batch_indices(step: int, n: int, batch_size: int, seed: int) -> np.ndarray:
-    """The pairs of a step, (batch_size,): a function of the step alone, so a resumed run needs no sampler
-    state. Each epoch is a permutation of its own; what is left after its last whole batch is not used."""
+    """The pairs of a step, (batch_size,): a function of the step alone, so a resumed run needs no
+    sampler state. Each epoch is a permutation of its own; what is left after its last whole batch
+    is not used."""
     epoch, position = divmod(step, n // batch_size)
     return epoch_order(n, seed, epoch)[position * batch_size : (position + 1) * batch_size]
 
 
 class Packed(NamedTuple):
-    """A micro-batch of B pairs as one row of T tokens; sequence i < B is chosen, B + i is rejected."""
+    """A micro-batch of B pairs as one row of T tokens; sequence i < B is chosen, B + i is
+    rejected."""
 
     ids: Tensor  # (T,)
     position_ids: Tensor  # (T,) chosen and rejected both continue at len(prompt)
@@ -378,8 +402,8 @@ class Packed(NamedTuple):
 
 
 def pack(triplets: list[Triplet], share_prompt: bool = True) -> Packed:
-    """Lays the pairs out as [prompt, chosen, rejected], or without share_prompt as [prompt, chosen] and
-    [prompt, rejected], which is plain packing: the same function of the model, more tokens."""
+    """Lays the pairs out as [prompt, chosen, rejected], or without share_prompt as [prompt, chosen]
+    and [prompt, rejected], which is plain packing: the same function of the model, more tokens."""
     ids, positions, segments, sequences, responses = [], [], [], [[], []], [[], []]
     start = 0
     for t in triplets:
@@ -402,7 +426,7 @@ def pack(triplets: list[Triplet], share_prompt: bool = True) -> Packed:
         # the last prompt position predicts an answer's first token
         responses[0].append(np.concatenate([prompt[-1:], chosen[:-1]]))
         responses[1].append(np.concatenate([prompt_again[-1:], rejected[:-1]]))
-        start = positions_end(segments[-1])
+        start = sum(segments[-1])
     sequences, responses = sequences[0] + sequences[1], responses[0] + responses[1]
     lengths = np.array([len(x) for x in responses])
     width = max(map(len, sequences))
@@ -422,7 +446,3 @@ def pack(triplets: list[Triplet], share_prompt: bool = True) -> Packed:
         lengths=long(lengths),
         real_tokens=int(mask.sum()),
     )
-
-
-def positions_end(segment):
-    return sum(segment)

@@ -1,10 +1,11 @@
-"""C_phi, the critic of GANPO: one raw score per sequence of latents, and the running means of its scores.
+"""C_phi, the critic of GANPO: one raw score per sequence of latents, and the running means of its
+scores.
 
     disc = build_discriminator("transformer", hidden_size=2304)
     scores = disc(h, attention_mask)          # h (B, T, H), attention_mask (B, T) -> (B,)
 
-Two are trained: disc_pos on chosen responses, disc_neg on rejected ones. Everything is computed in the
-weights' precision, fp32, except matrix products under the caller's autocast [choice 10].
+Two are trained: disc_pos on chosen responses, disc_neg on rejected ones. Everything is computed in
+the weights' precision, fp32, except matrix products under the caller's autocast [choice 10].
 """
 
 import torch
@@ -16,7 +17,8 @@ SCORES = ("ref", "theta", "other")  # the order of a critic's three score vector
 
 
 class Discriminator(nn.Module):
-    """What both critics share: spectral norm that moves only when told to, and the running means."""
+    """What both critics share: spectral norm that moves only when told to, and the running
+    means."""
 
     def __init__(self, ema_decay: float):
         super().__init__()
@@ -25,7 +27,8 @@ class Discriminator(nn.Module):
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
 
     def finish(self):
-        """Xavier weights and zero biases first, spectral norm on the marked layers after [choice 11]."""
+        """Xavier weights and zero biases first, spectral norm on the marked layers after [choice
+        11]."""
         for module in list(self.modules()):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -38,7 +41,8 @@ class Discriminator(nn.Module):
         return self.train()
 
     def train(self, mode: bool = True):
-        """As always, but spectral norm stays in eval mode: a forward never moves its vectors [choice 11]."""
+        """As always, but spectral norm stays in eval mode: a forward never moves its vectors
+        [choice 11]."""
         super().train(mode)
         for layer in self.normalised_layers():
             if hasattr(layer, "parametrizations"):
@@ -47,8 +51,9 @@ class Discriminator(nn.Module):
 
     @torch.no_grad()
     def power_iterate(self):
-        """One power iteration for every spectral norm; called once per discriminator update, so that every
-        forward of a step, on every micro-batch and rank, divides by the same estimate of sigma."""
+        """One power iteration for every spectral norm; called once per discriminator update, so
+        that every forward of a step, on every micro-batch and rank, divides by the same estimate of
+        sigma."""
         for layer in self.normalised_layers():
             layer.parametrizations.train()
             layer.weight  # noqa: B018  reading it in train mode is what runs the iteration
@@ -56,13 +61,15 @@ class Discriminator(nn.Module):
 
     @torch.no_grad()
     def update_means(self, s_ref: Tensor, s_theta: Tensor, s_other: Tensor):
-        """Algorithm 1, lines 14-15, with the mean scores of the *global* batch, once per step [choice 2]."""
+        """Algorithm 1, lines 14-15, with the mean scores of the *global* batch, once per step
+        [choice 2]."""
         batch = torch.stack([s_ref.mean(), s_theta.mean(), s_other.mean()])
         self.ema.mul_(self.ema_decay).add_(batch, alpha=1 - self.ema_decay)
         self.num_updates += 1
 
     def means(self) -> Tensor:
-        """mu_ref, mu_theta, mu_other, (3,): the moving averages without the pull of their start at 0 [choice 2]."""
+        """mu_ref, mu_theta, mu_other, (3,): the moving averages without the pull of their start at
+        0 [choice 2]."""
         n = self.num_updates.clamp(min=1).to(
             self.ema
         )  # before the first update: 0, as in Algorithm 1, line 3
@@ -70,7 +77,8 @@ class Discriminator(nn.Module):
 
 
 class TransformerDiscriminator(Discriminator):
-    """Fig 10: linear to `hidden` (spectral norm), learned positions, pre-norm encoder, masked mean, MLP head."""
+    """Fig 10: linear to `hidden` (spectral norm), learned positions, pre-norm encoder, masked mean,
+    MLP head."""
 
     def __init__(self, hidden_size, hidden, layers, dropout, max_length, ema_decay):
         super().__init__(ema_decay)
@@ -87,7 +95,8 @@ class TransformerDiscriminator(Discriminator):
         return self.project_in, self.head[0], self.head[2]
 
     def forward(self, h: Tensor, attention_mask: Tensor) -> Tensor:
-        """Latents h (B, T, H) of any float type and attention_mask (B, T), 1 on real tokens  ->  raw scores (B,)."""
+        """Latents h (B, T, H) of any float type and attention_mask (B, T), 1 on real tokens  ->
+        raw scores (B,)."""
         length = min(h.shape[1], self.pos_embedding.shape[0])  # cut both together [choice 8]
         h, mask = h[:, :length], attention_mask[:, :length].bool()
         x = self.project_in(h.to(self.pos_embedding.dtype)) + self.pos_embedding[:length]
@@ -121,7 +130,8 @@ class EncoderLayer(nn.Module):
 
 
 class MLPDiscriminator(Discriminator):
-    """Table 3's shallow critic: the masked mean of the latents, then three spectrally normalised layers."""
+    """Table 3's shallow critic: the masked mean of the latents, then three spectrally normalised
+    layers."""
 
     def __init__(self, hidden_size, hidden, ema_decay):
         super().__init__(ema_decay)
@@ -156,9 +166,9 @@ def build_discriminator(
     max_length: int = 2048,
     ema_decay: float = 0.9,
 ) -> Discriminator:
-    """A critic for latents of width hidden_size. kind: transformer (Fig 10) or mlp; ValueError otherwise.
-    hidden, layers, dropout, max_length (positions learned) are the critic's own sizes; the MLP has no use
-    for layers, dropout and max_length."""
+    """A critic for latents of width hidden_size. kind: transformer (Fig 10) or mlp; ValueError
+    otherwise. hidden, layers, dropout, max_length (positions learned) are the critic's own sizes;
+    the MLP has no use for layers, dropout and max_length."""
     if kind == "transformer":
         return TransformerDiscriminator(hidden_size, hidden, layers, dropout, max_length, ema_decay)
     if kind == "mlp":

@@ -53,14 +53,16 @@ def ipo_loss(
 ) -> Tensor:
     """IPO (arXiv 2310.12036, Eq 17), on log-probabilities summed over the response.
 
-    ([(logp_w - ref_w) - (logp_l - ref_l)] - 1 / (2 beta))^2  ->  (B,); 1 / (4 beta^2) where policy = ref.
+    ([(logp_w - ref_w) - (logp_l - ref_l)] - 1 / (2 beta))^2  ->  (B,); 1 / (4 beta^2) where policy
+    = ref.
     """
     log_ratio = (logp_chosen - ref_logp_chosen) - (logp_rejected - ref_logp_rejected)
     return (log_ratio - 1 / (2 * beta)).square()
 
 
 def sft_loss(logp_chosen: Tensor) -> Tensor:
-    """Supervised fine-tuning on the chosen answer: its mean negative log-likelihood per token  ->  (B,).
+    """Supervised fine-tuning on the chosen answer: its mean negative log-likelihood per token  ->
+    (B,).
 
     Takes the log-probability *averaged* over the response's tokens, as simpo_loss does.
     """
@@ -74,12 +76,14 @@ def implicit_rewards(
     ref_logp_rejected: Tensor,
     beta: float,
 ) -> tuple[Tensor, Tensor]:
-    """The reward that DPO's policy implies (Eq 3-4): beta * (logp - ref_logp), chosen and rejected  ->  two (B,)."""
+    """The reward that DPO's policy implies (Eq 3-4): beta * (logp - ref_logp), chosen and rejected
+    ->  two (B,)."""
     return beta * (logp_chosen - ref_logp_chosen), beta * (logp_rejected - ref_logp_rejected)
 
 
 class LogProbs(NamedTuple):
-    """What a preference loss may use, all (B,): log-probabilities summed over the response, and its tokens."""
+    """What a preference loss may use, all (B,): log-probabilities summed over the response, and its
+    tokens."""
 
     logp_chosen: Tensor
     logp_rejected: Tensor
@@ -89,11 +93,13 @@ class LogProbs(NamedTuple):
     length_rejected: Tensor
 
 
-OPO_LOSSES = {}  # --loss NAME -> function(lp: LogProbs, args) -> (B,); args has beta and gamma_beta_ratio
+# --loss NAME -> function(lp: LogProbs, args) -> (B,); args has beta and gamma_beta_ratio
+OPO_LOSSES = {}
 
 
 def opo_loss(name: str, needs_ref: bool):
-    """Adds a preference loss under `name`; one without a reference is not made to load and run it."""
+    """Adds a preference loss under `name`; one without a reference is not made to load and run
+    it."""
 
     def add(function):
         function.needs_ref = needs_ref
@@ -129,14 +135,16 @@ def _sft(lp: LogProbs, args) -> Tensor:
 
 
 # ---------------------------------------------------------------------- the adversarial game
-# s_ref, s_theta, s_other: one critic's raw scores of the reference's latents of its own sign, of the
-# policy's, and of the reference's of the opposite sign; mu_*: their means, scalars.
+# s_ref, s_theta, s_other: one critic's raw scores of the reference's latents of its own sign, of
+# the policy's, and of the reference's of the opposite sign; mu_*: their means, scalars.
 
 
 def relativistic_bce(s_real: Tensor, s_fake: Tensor, mu_real: Tensor, mu_fake: Tensor) -> Tensor:
-    """Eq 14-15 with Eq 11: how badly the critic puts `real` above the average `fake`, and the reverse.
+    """Eq 14-15 with Eq 11: how badly the critic puts `real` above the average `fake`, and the
+    reverse.
 
-    -E log sigma(s_real - mu_fake) - E log(1 - sigma(s_fake - mu_real))  ->  scalar; 2 ln 2 at equal scores.
+    -E log sigma(s_real - mu_fake) - E log(1 - sigma(s_fake - mu_real))  ->  scalar; 2 ln 2 at equal
+    scores.
     """
     return F.softplus(mu_fake - s_real).mean() + F.softplus(s_fake - mu_real).mean()
 
@@ -149,7 +157,8 @@ def discriminator_loss(
     mu_theta: Tensor,
     mu_other: Tensor,
 ) -> Tensor:
-    """Eq 19; and Eq 20 with the signs swapped, which is the same function of the other critic's scores.
+    """Eq 19; and Eq 20 with the signs swapped, which is the same function of the other critic's
+    scores.
 
     BCE(ref, theta) + BCE(theta, ref of the opposite sign)  ->  scalar; 4 ln 2 at equal scores.
     """
@@ -168,10 +177,10 @@ def generator_loss(
     """Eq 18, the policy's loss under one critic (L_adv is the sum of the two critics')  ->  scalar.
 
     minimax        -BCE(ref, theta), whose policy term is   E log(1 - sigma(s_theta - mu_ref))
-    nonsaturating   BCE(theta, ref), whose policy term is  -E log sigma(s_theta - mu_ref)     [choice 1]
-    Without s_ref the policy's term alone, as the means are constants (Algorithm 1); with s_ref and
-    mu_theta both terms, as in the original relativistic average GAN, where mu_theta carries gradient.
-    Raises ValueError for another kind, or for s_ref without mu_theta.
+    nonsaturating   BCE(theta, ref), whose policy term is  -E log sigma(s_theta - mu_ref)
+    [choice 1] Without s_ref the policy's term alone, as the means are constants (Algorithm 1); with
+    s_ref and mu_theta both terms, as in the original relativistic average GAN, where mu_theta
+    carries gradient. Raises ValueError for another kind, or for s_ref without mu_theta.
     """
     if kind not in ("minimax", "nonsaturating"):
         raise ValueError(f"unknown adversarial loss {kind!r}: minimax or nonsaturating")
@@ -189,7 +198,8 @@ def generator_loss(
 
 
 def latent_mse(h_theta: Tensor, h_ref: Tensor, mask: Tensor) -> Tensor:
-    """Table 3's fixed critic: squared distance of two latents (B, T, H), mean over units and real tokens  ->  (B,).
+    """Table 3's fixed critic: squared distance of two latents (B, T, H), mean over units and real
+    tokens  ->  (B,).
 
     mask (B, T) is 1 on real tokens, at least one per row.
     """

@@ -2,12 +2,14 @@
 
     lm = load_lm("google/gemma-2-2b-it", torch.float32)
     out = lm(pack(triplets))                 # data.pack
-    out.h                                    # (T, H) last hidden states, after the final norm [choice 7]
-    out.logp                                 # (2B,)  summed log-probabilities: B chosen, then B rejected
+    out.h                                    # (T, H) last hidden states, after the final norm
+    [choice 7] out.logp                                 # (2B,)  summed log-probabilities: B chosen,
+    then B rejected
 
-A micro-batch of B pairs is one row of T tokens, each pair laid out as [prompt, chosen, rejected]: the
-prompt is read once, both answers continue it at position len(prompt), and rejected does not see chosen.
-That costs a third fewer tokens than two padded sequences per pair and is the same function of the weights.
+A micro-batch of B pairs is one row of T tokens, each pair laid out as [prompt, chosen, rejected]:
+the prompt is read once, both answers continue it at position len(prompt), and rejected does not see
+chosen. That costs a third fewer tokens than two padded sequences per pair and is the same function
+of the weights.
 """
 
 import functools
@@ -39,8 +41,9 @@ class PackedLM(nn.Module):
         self.model = model
 
     def forward(self, batch, head: bool = True, head_probe=None) -> LatentsAndLogProbs:
-        """head=False leaves the log-probabilities out: a reference that only lends its latents (SimPO).
-        head_probe is called in backward with what the log-probabilities send to the latents, (T, H)."""
+        """head=False leaves the log-probabilities out: a reference that only lends its latents
+        (SimPO). head_probe is called in backward with what the log-probabilities send to the
+        latents, (T, H)."""
         trunk = self.model.base_model
         ids, position_ids = batch.ids[None], batch.position_ids[None]
         out = trunk(ids, position_ids=position_ids, use_cache=False, segments=batch.segments)
@@ -53,8 +56,8 @@ class PackedLM(nn.Module):
         return LatentsAndLogProbs(h, self.log_probs(h_head, batch))
 
     def log_probs(self, h: Tensor, batch) -> Tensor:
-        """(T, H) -> (2B,). Response positions only, in chunks whose logits are recomputed in backward:
-        with a vocabulary of 256k they would otherwise be the peak of memory."""
+        """(T, H) -> (2B,). Response positions only, in chunks whose logits are recomputed in
+        backward: with a vocabulary of 256k they would otherwise be the peak of memory."""
         head = self.model.get_output_embeddings()
         softcap = getattr(self.model.config, "final_logit_softcapping", None)
         chunk = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
@@ -62,7 +65,9 @@ class PackedLM(nn.Module):
         logp = torch.cat(
             [
                 recompute(token_log_probs, h[rows], head.weight, head.bias, labels, softcap)
-                for rows, labels in zip(batch.predict.split(chunk), batch.labels.split(chunk), strict=True)
+                for rows, labels in zip(
+                    batch.predict.split(chunk), batch.labels.split(chunk), strict=True
+                )
             ]
         )
         return logp.new_zeros(len(batch.lengths)).index_add(0, batch.owner, logp)
@@ -83,10 +88,21 @@ def at_least_fp32(x: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- attention
 
 
-def shared_prompt_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None,
-                            softcap=None, segments=None, **unused):  # fmt: skip
-    """transformers' attention interface over one packed row: query (1, heads, T, D), key and value with as
-    many heads or a divisor of it  ->  (1, T, heads, D), None. segments as in data.Packed."""
+def shared_prompt_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    sliding_window=None,
+    softcap=None,
+    segments=None,
+    **unused,
+):
+    """transformers' attention interface over one packed row: query (1, heads, T, D), key and value
+    with as many heads or a divisor of it  ->  (1, T, heads, D), None. segments as in
+    data.Packed."""
     if segments is None:
         raise ValueError(
             f"attention {ATTENTION!r} needs segments: call the model through policy.PackedLM"
@@ -107,7 +123,8 @@ def shared_prompt_attention(module, query, key, value, attention_mask, scaling=N
 
 
 def causal_attention(q, k, v, scaling, window, softcap):
-    """q (1, heads, n, D) are the last n positions of the sequence that k and v (1, kv_heads, m, D) cover."""
+    """q (1, heads, n, D) are the last n positions of the sequence that k and v (1, kv_heads, m, D)
+    cover."""
     n, m = q.shape[2], k.shape[2]
     windowed = window is not None and m > window
     mask = None
@@ -129,26 +146,27 @@ AttentionInterface.register(ATTENTION, shared_prompt_attention)
 
 # ---------------------------------------------------------------------- loading
 
-# The families whose own padded forward test_train.py compares with this one. Another one may differ in a
-# detail that this file would silently leave out (a logit scale, attention sinks): add it there first.
+# The families whose own padded forward test_train.py compares with this one. Another one may differ
+# in a detail that this file would silently leave out (a logit scale, attention sinks): add it there
+# first.
 FAMILIES = ("gemma2", "llama", "mistral", "qwen2", "qwen3")
 
 
 def check_config(config, max_length: int):
-    """Raises ValueError where this file's forward would not be the model's own, before any weight is read."""
+    """Raises ValueError where this file's forward would not be the model's own, before any weight
+    is read."""
     if config.model_type not in FAMILIES:
         raise ValueError(
-            f"model type {config.model_type!r} is not among those checked here: {', '.join(FAMILIES)}"
+            f"model type {config.model_type!r} is none of those checked here: {', '.join(FAMILIES)}"
         )
-    if max_length > config.max_position_embeddings:
-        raise ValueError(
-            f"max_length {max_length} is beyond the model's {config.max_position_embeddings} positions"
-        )
+    positions = config.max_position_embeddings
+    if max_length > positions:
+        raise ValueError(f"max_length {max_length} is beyond the model's {positions} positions")
 
 
 def load_lm(name: str, dtype: torch.dtype, checkpointing: bool = False) -> PackedLM:
-    """A Hub id or a folder -> PackedLM with its weights in dtype, dropout off. checkpointing recomputes each
-    layer in backward: about a third more work, a twentieth of the activations."""
+    """A Hub id or a folder -> PackedLM with its weights in dtype, dropout off. checkpointing
+    recomputes each layer in backward: about a third more work, a twentieth of the activations."""
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=ATTENTION)
     model.eval()  # for good: dropout would make policy and reference differ before the first step
     if checkpointing:

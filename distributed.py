@@ -1,0 +1,77 @@
+"""What several processes need and one does too: a start, a printer, sharding, gathered scores.
+
+The same path for `python train_ganpo.py` and `torchrun`, one process and many, CPU and GPU: a world
+of one is a world.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+
+def start() -> torch.device:
+    """Joins torchrun's rendezvous, or without torchrun a world of one that needs no port ->
+    device."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    else:  # torchrun would leave one thread to each of several processes
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, cores))
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def stop():
+    dist.barrier()  # a rank that leaves early can abort the others
+    dist.destroy_process_group()
+
+
+def print0(*values):
+    if dist.get_rank() == 0:
+        print(*values, flush=True)
+
+
+def shard(lm, device: torch.device, dtype: torch.dtype):
+    """FSDP2 over all ranks: a group per layer, the rest in the root's, embedding and head (which
+    may be tied) among it. bfloat16 is the precision of compute; weights stay as they are, sums are
+    fp32."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mixed = MixedPrecisionPolicy()
+    if dtype == torch.bfloat16:
+        mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in lm.model.base_model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=mixed)
+    return fully_shard(lm, mesh=mesh, mp_policy=mixed)
+
+
+def all_ranks(local: Tensor) -> Tensor:
+    """(..., b) of this rank -> (..., B) of all, in rank order; this rank's part keeps its graph."""
+    parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, local.detach().contiguous())
+    parts[dist.get_rank()] = local
+    return torch.cat(parts, dim=-1)
+
+
+def sum_gradients(parameters) -> Tensor:
+    """Replaces replicated parameters' gradients by their sum over ranks, in one all-reduce -> the
+    norm."""
+    grads = [p.grad for p in parameters]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    for g, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        g.copy_(total.view_as(g))
+    return flat.norm()
+
+
+def assert_equal_on_ranks(module):
+    """For replicated modules: every rank must have built the same one."""
+    sums = torch.stack([p.detach().double().sum() for p in module.parameters()])
+    everywhere = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
+    dist.all_gather(everywhere, sums)
+    assert all(torch.equal(sums, other) for other in everywhere), "replicas differ between ranks"

@@ -1,0 +1,137 @@
+"""What a training run says: the header, one line per step, and the csv files. Rank 0 writes.
+
+Columns of metrics.csv are exact means over all pairs and ranks of the step, taken before its
+update; a column that a setting has no value for stays empty.
+"""
+
+import csv
+import json
+import math
+import platform
+import resource
+from datetime import timedelta
+from importlib.metadata import version
+
+import torch
+import torch.distributed as dist
+
+from distributed import print0
+from losses import LN2
+
+COLUMNS = (
+    "step loss_opo loss_adv loss_disc_pos loss_disc_neg d_ra reward_chosen reward_rejected margin"
+    " pref_acc disc_acc_pos disc_acc_neg score_gap_pos score_gap_neg latent_mse adv_to_opo_grad"
+    " grad_norm disc_grad_norm lr disc_lr tokens tokens_per_s peak_gb seconds"
+).split()
+EVAL_COLUMNS = "step loss accuracy margin pairs".split()
+
+
+class Table:
+    """A csv file, one row per write; opened again, it keeps the rows up to `step` and goes on from
+    there."""
+
+    def __init__(self, path, columns, step):
+        self.file = None
+        if dist.get_rank() == 0:
+            rows = []
+            if path.exists():
+                with path.open() as old:
+                    rows = [row for row in csv.DictReader(old) if int(row["step"]) <= step]
+            self.file = path.open("w", newline="")
+            self.writer = csv.DictWriter(self.file, columns)
+            self.writer.writeheader()
+            self.writer.writerows(rows)
+
+    def write(self, row):
+        if self.file:
+            short = {k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()}
+            self.writer.writerow(short)
+            self.file.flush()
+
+
+def log_line(m: dict, max_steps: int, seconds_left: float) -> str:
+    """One step in fixed width; '-' where a setting has no such value."""
+
+    def show(name, spec):
+        return format(m[name], spec) if name in m else "-".rjust(len(format(0.0, spec)))
+
+    left = timedelta(seconds=int(seconds_left))
+    return (
+        f"{m['step']:>5}/{max_steps} {m['step'] / max_steps:6.1%} {left} left"
+        f" | opo {show('loss_opo', '6.4f')} adv {show('loss_adv', '+7.4f')}"
+        f" | D {show('loss_disc_pos', '5.3f')} {show('loss_disc_neg', '5.3f')}"
+        f" acc {show('disc_acc_pos', '4.2f')} {show('disc_acc_neg', '4.2f')}"
+        f" | margin {show('margin', '+7.4f')} acc {show('pref_acc', '4.2f')}"
+        f" | grad {show('grad_norm', '7.1e')} {m['tokens_per_s']:7.0f} tok/s"
+    )
+
+
+def neutral_values(args) -> str:
+    """What critics that cannot tell policy from reference would print."""
+    if args.lambda_adv == 0:
+        return "lambda_adv 0: plain " + args.loss
+    if args.disc == "mse":
+        return "neutral values: adv 0 (the squared distance, where policy = reference)"
+    terms = (2 if args.mean == "ema" else 4) * (-1 if args.adv_loss == "minimax" else 1)
+    return (
+        f"neutral values (critics that cannot tell apart): adv {terms * LN2:+.4f}, D {4 * LN2:.4f},"
+        " D acc 0.50, d_ra 0, score_gap 0"
+    )
+
+
+def print_header(run, tokenizer, data, held_out):
+    args, per_rank = run.args, run.args.batch_size // run.world
+    print0(" ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
+    size = min(args.micro_batch_size, per_rank)
+    print0(
+        f"{args.batch_size} pairs/step = {run.world} rank(s) x {math.ceil(per_rank / size)} forward(s)"
+        f" of up to {size} pairs; {len(data.triplets)} pairs = {run.steps_per_epoch} steps/epoch,"
+        f" {len(data.triplets) % args.batch_size} left over; {run.max_steps} steps"
+    )
+    print0(f"data: {data.summary()}; fingerprint {data.fingerprint}")
+    if held_out:
+        print0(f"held out: {held_out.summary()}")
+    numel = {
+        k: sum(p.numel() for p in m.parameters()) for k, m in vars(run).items() if is_module(m)
+    }
+    print0("parameters: " + ", ".join(f"{k} {n:,}" for k, n in numel.items()))
+    print0(neutral_values(args))
+    t = data.triplets[0]  # what is scored stands between the marks
+    for name, ids in (("chosen", t.chosen), ("rejected", t.rejected)):
+        answer = tokenizer.decode(ids)
+        if len(ids) > 50:
+            answer = f"{tokenizer.decode(ids[:25])} [...] {tokenizer.decode(ids[-25:])}"
+        prompt = tokenizer.decode(t.prompt[-50:])
+        print0(
+            f"first pair, {name}: {prompt!r} >>>{answer!r}<<< ({len(t.prompt)} + {len(ids)} tokens)"
+        )
+
+
+def is_module(x):
+    return isinstance(x, torch.nn.Module)
+
+
+def write_config(path, run, data, held_out):
+    """All settings, versions, the data's fingerprint, and the numbers that follow from them."""
+    names = ("torch", "transformers", "datasets", "numpy")
+    config = vars(run.args) | {
+        "versions": {n: version(n) for n in names} | {"python": platform.python_version()},
+        "device": str(run.device),
+        "ranks": run.world,
+        "data_fingerprint": data.fingerprint,
+        "held_out_fingerprint": held_out.fingerprint if held_out else None,
+        "pairs": len(data.triplets),
+        "dropped": data.dropped,
+        "notes": data.notes,
+        "steps_per_epoch": run.steps_per_epoch,
+        "total_steps": run.max_steps,
+    }
+    if run.rank == 0:
+        path.write_text(json.dumps(config, indent=1) + "\n")
+
+
+def peak_gb(device) -> float:
+    """This rank's peak in GiB: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
