@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 ACCEPTED = (
-    "accepted are columns chosen and rejected as two chats (lists of {role, content}) that share all"
-    " turns but the last, beside a prompt string or none; a prompt chat with one assistant message"
-    " each; strings prompt, chosen, rejected; or two strings of \\n\\nHuman: and \\n\\nAssistant: turns"
+    "accepted are columns chosen and rejected as two chats (lists of {role, content}) that share"
+    " all turns but the last, beside a prompt string or none; a prompt chat with one assistant"
+    " message each; strings prompt, chosen, rejected; or two strings of \\n\\nHuman: and"
+    " \\n\\nAssistant: turns"
 )
 MALFORMED_LIMIT = 0.01  # above this share of faulty rows it is the data set that is wrong
 

@@ -84,8 +84,8 @@ def print_header(run, tokenizer, data, held_out):
     print0(" ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
     size = min(args.micro_batch_size, per_rank)
     print0(
-        f"{args.batch_size} pairs/step = {run.world} rank(s) x {math.ceil(per_rank / size)} forward(s)"
-        f" of up to {size} pairs; {len(data.triplets)} pairs = {run.steps_per_epoch} steps/epoch,"
+        f"{args.batch_size} pairs/step = {run.world} rank(s) x {math.ceil(per_rank / size)}"
+        f" forward(s) of up to {size} pairs; {len(data.triplets)} pairs = {run.steps_per_epoch} steps/epoch,"
         f" {len(data.triplets) % args.batch_size} left over; {run.max_steps} steps"
     )
     print0(f"data: {data.summary()}; fingerprint {data.fingerprint}")
@@ -101,10 +101,8 @@ def print_header(run, tokenizer, data, held_out):
         answer = tokenizer.decode(ids)
         if len(ids) > 50:
             answer = f"{tokenizer.decode(ids[:25])} [...] {tokenizer.decode(ids[-25:])}"
-        prompt = tokenizer.decode(t.prompt[-50:])
-        print0(
-            f"first pair, {name}: {prompt!r} >>>{answer!r}<<< ({len(t.prompt)} + {len(ids)} tokens)"
-        )
+        prompt, sizes = tokenizer.decode(t.prompt[-50:]), f"{len(t.prompt)} + {len(ids)} tokens"
+        print0(f"first pair, {name}: {prompt!r} >>>{answer!r}<<< ({sizes})")
 
 
 def is_module(x):

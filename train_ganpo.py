@@ -70,7 +70,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 # fmt: on
 
 
-def number(kind, low, high=2**31 - 1, above=False):
+def number(kind, low, high=math.inf, above=False):
     """An argparse type: a finite number in [low, high], or above low."""
 
     def parse(text):
@@ -78,7 +78,7 @@ def number(kind, low, high=2**31 - 1, above=False):
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
-        if not low <= value <= high or above and value == low:  # nan is in no range
+        if not low <= value <= high or value == math.inf or above and value == low:  # or nan
             bracket = "(" if above else "["
             raise argparse.ArgumentTypeError(f"{text} is not in {bracket}{low}, {high}]")
         return value
@@ -308,27 +308,28 @@ def rewards(lp, args):
     return args.beta * chosen, args.beta * rejected
 
 
-def quad_scores(run, h_ref, h_theta, mask):
-    """Line 12: latents (2b, L, H), chosen first -> (2, 3, b), per critic s_ref, s_theta,
-    s_other."""
-    (ref_pos, ref_neg), (theta_pos, theta_neg) = h_ref.chunk(2), h_theta.chunk(2)
-    pos, neg = mask.chunk(2)
-    with run.autocast():
-        s_pos = run.critics["pos"](
-            torch.cat([ref_pos, theta_pos, ref_neg]), torch.cat([pos, pos, neg])
-        )
-        s_neg = run.critics["neg"](
-            torch.cat([ref_neg, theta_neg, ref_pos]), torch.cat([neg, neg, pos])
-        )
-    return torch.stack([s_pos, s_neg]).unflatten(1, (3, -1))
-
-
 def own_scores(run, h, mask):
     """Latents (2b, L, H), chosen first -> (2, b): disc_pos on chosen, disc_neg on rejected."""
     pos, neg = mask.chunk(2)
     with run.autocast():
         scores = run.critics["pos"](h[: len(pos)], pos), run.critics["neg"](h[len(pos) :], neg)
     return torch.stack(scores)
+
+
+def quad_scores(run, h_ref, h_theta, mask):
+    """Line 12: latents (2b, L, H), chosen first -> (2, 3, b), per critic s_ref, s_theta,
+    s_other."""
+    h_other = h_ref.roll(len(h_ref) // 2, 0)  # the reference's latents of the opposite sign
+    other_mask = mask.roll(len(mask) // 2, 0)
+    # three forwards of one shape: equal latents get equal scores to the last bit
+    return torch.stack(
+        [
+            own_scores(run, h_ref, mask),
+            own_scores(run, h_theta, mask),
+            own_scores(run, h_other, other_mask),
+        ],
+        dim=1,
+    )
 
 
 def update_critics(run, scores, step):

@@ -1,0 +1,537 @@
+"""Claims about data.py: which rows become triplets, their exact token ids, their order and packing.
+
+    python -m pytest -q test_data.py
+
+Most of it runs on a byte-level tokenizer made here. The claims on real tokenizers and data sets
+read the folder `shared` beside the repository, and are skipped where that is absent.
+"""
+
+import gzip
+import io
+import json
+import random
+import tarfile
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from data import ChatEncoder, InputError, Triplet, batch_indices, epoch_order, load_pairs, pack
+
+SHARED = Path(__file__).resolve().parent.parent / "shared" / "data"
+
+# ---------------------------------------------------------------------- a tiny tokenizer, and rows
+
+SPECIAL = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+TURNS = (  # strips contents and ends a turn with a token and a line feed, as Gemma's does
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CHAT = "<s>" + TURNS
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHAT
+PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"  # nothing ends or separates turns
+MERGING = (  # with a token for ":y", the header's colon is another token where "yes" follows
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+HEAD = "<|user|>q<|end|>\n<|assistant|>"  # how CHAT without its BOS renders the prompt "q"
+
+
+@cache
+def tiny(template=CHAT, bos="<s>", merges=()):
+    """One token a byte, but for the merges and the special tokens."""
+    vocab = SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in merges]
+    bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(vocab)}, list(merges)))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=bos, eos_token="</s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[2:]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def ids(text, tokenizer=None):
+    """What a rendered conversation should become: tokenised whole, nothing added."""
+    return (tokenizer or tiny()).encode(text, add_special_tokens=False)
+
+
+def chat(*texts):
+    """Turns of user and assistant."""
+    roles = ["user", "assistant"] * len(texts)
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+
+
+def answer(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def row(prompt, chosen, rejected):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def good(n):
+    return [row(f"question {i}", f"yes {i}", f"no {i}") for i in range(n)]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def load(tmp_path, rows, tokenizer=None, max_length=512):
+    source = write(tmp_path / "rows.jsonl", rows)
+    return load_pairs(source, "train", tokenizer or tiny(), max_length)
+
+
+def lists(pairs):
+    return [[ids.tolist() for ids in (t.prompt, t.chosen, t.rejected)] for t in pairs.triplets]
+
+
+def error_of(source, split="train"):
+    """The one line that names the source."""
+    with pytest.raises(InputError) as caught:
+        load_pairs(str(source), split, tiny(), 512)
+    message = str(caught.value)
+    assert "\n" not in message and str(source) in message, message
+    return message
+
+
+# ---------------------------------------------------------------------- real tokenizers and data
+
+REAL = {  # the end of turn, the assistant header, and a conversation by the template's rendering
+    "gemma-2-2b-it": (
+        107,
+        [106, 2516, 108],
+        "2 106 1645 108 4521 1104 235341 107 108 106 2516 108 2151 235265 107 108 106 1645 108 "
+        "235284 235340 235284 235336 107 108 106 2516 108 235310 107",
+    ),
+    "llama-3-8b-instruct": (
+        128009,
+        [128006, 78191, 128007, 271],
+        "128000 128006 882 128007 271 9906 1070 0 128009 128006 78191 128007 271 13347 13 128009 "
+        "128006 882 128007 271 17 10 17 30 128009 128006 78191 128007 271 19 128009",
+    ),
+}
+
+
+@pytest.fixture(scope="session", params=REAL)
+def real(request, tmp_path_factory):
+    """A published tokenizer with the facts above."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no real data at {SHARED}")
+    folder = tmp_path_factory.mktemp("tokenizers")
+    with tarfile.open(SHARED / f"tokenizers/{request.param}.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    return AutoTokenizer.from_pretrained(folder / request.param), *REAL[request.param]
+
+
+@cache
+def real_pairs(tokenizer, file):
+    """Each file once per tokenizer: these loads are nearly all of the tests' time."""
+    return load_pairs(str(SHARED / "prefs" / file), "train", tokenizer, max_length=2048)
+
+
+def test_real_templates_give_exactly_the_documented_ids(real):
+    tokenizer, _, header, conversation = real
+    whole = [int(i) for i in conversation.split()]
+    turns = chat("  Hello there!", "Hi.  ", "2+2?")
+    triplet = ChatEncoder(tokenizer).triplet(turns, "4", "5", 2048, 0, Counter())
+    assert [*triplet.prompt, *triplet.chosen] == whole
+    assert len(triplet.chosen) == 2 and whole[:-2][-len(header) :] == header
+
+
+@pytest.mark.parametrize("file", ["ultrafeedback_trl", "llamafactory_dpo_en_implicit"])
+def test_every_real_row_has_one_bos_an_unscored_header_and_an_end_of_turn(real, file):
+    tokenizer, end_of_turn, header, _ = real
+    for prompt, *answers in lists(real_pairs(tokenizer, f"{file}.jsonl.gz")):
+        assert prompt[0] == tokenizer.bos_token_id and prompt[-len(header) :] == header
+        assert sum([prompt, *answers], []).count(tokenizer.bos_token_id) == 1
+        for scored in answers:
+            assert scored[-1] == end_of_turn or len(prompt + scored) == 2048
+            assert end_of_turn not in scored[:-1] and len(prompt + scored) <= 2048
+
+
+def test_every_ultrafeedback_schema_gives_the_same_ids(real):
+    first = real_pairs(real[0], "ultrafeedback_trl.jsonl.gz")
+    assert (len(first.triplets), first.n_rows) == (770, 774)
+    with_scores = ["trl.jsonl.gz", "h4.jsonl.gz", "trl.parquet"]
+    for schema in [*with_scores, "plain.jsonl.gz", "explicit_chat.jsonl.gz"]:
+        pairs = real_pairs(real[0], f"ultrafeedback_{schema}")
+        assert lists(pairs) == lists(first) and pairs.fingerprint == first.fingerprint
+        assert pairs.dropped == {"empty answer": 1, "identical pair": 3}
+        assert pairs.notes == ({"score tie": 95} if schema in with_scores else {})
+
+
+def test_system_turns_are_folded_only_where_the_template_refuses_them(real):
+    implicit = real_pairs(real[0], "llamafactory_dpo_en_implicit.jsonl.gz")
+    explicit = real_pairs(real[0], "llamafactory_dpo_en_explicit.jsonl.gz")
+    assert implicit.fingerprint == explicit.fingerprint
+    assert implicit.dropped == explicit.dropped == {"prompt leaves no room": 2}
+    assert implicit.notes["system turn folded"] == (59 if real[1] == 107 else 0)
+
+
+def test_hh_rlhf_drops_are_counted_by_reason(real):
+    pairs = real_pairs(real[0], "hh_harmless_base_test.jsonl.gz")
+    reasons = {"different prompts": 4, "empty answer": 3, "turns do not alternate": 2}
+    assert pairs.dropped == reasons and len(pairs.triplets) == 1470
+    assert pairs.summary().startswith("1,470 of 1,479 rows; dropped: different prompts 4, empty")
+
+
+def test_the_flat_orca_file_is_refused_naming_its_columns(real):
+    message = error_of(SHARED / "prefs/orca_dpo_pairs_flat.jsonl.gz")
+    assert "system, question, chosen, rejected" in message
+
+
+# ---------------------------------------------------------------------- schemas
+
+HH = "\n\nHuman: q\n\nAssistant: "
+SCHEMAS = {
+    "plain strings": row("q", "yes", "no"),
+    "two chats": {"chosen": chat("q", "yes"), "rejected": chat("q", "no")},
+    "chats and a string": row("other", chat("q", "yes"), chat("q", "no")),
+    "chats and no prompt": row(None, chat("q", "yes"), chat("q", "no")),
+    "prompt chat": row(chat("q"), answer("yes"), answer("no")),
+    "prompt chat repeated": row(chat("q"), chat("q", "yes"), chat("q", "no")),
+    "more keys": row("", [{**m, "id": 1} for m in chat("q", "yes")], chat("q", "no")),
+    "hh-rlhf": {"chosen": HH + "yes", "rejected": HH + "no"},
+}
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_schema_gives_the_ids_of_the_rendered_chat(schema, tmp_path):
+    pairs = load(tmp_path, [SCHEMAS[schema]])
+    assert lists(pairs) == [[ids("<s>" + HEAD), ids("yes<|end|>"), ids("no<|end|>")]]
+    assert not pairs.dropped and not pairs.notes
+
+
+def test_all_common_turns_are_the_prompt(tmp_path):
+    hh = HH + "a\n\nHuman: r\n\nAssistant: "
+    rows = [
+        {"chosen": chat("q", "a", "r", "b"), "rejected": chat("q", "a", "r", "c")},
+        row(chat("q", "a", "r"), answer("b"), answer("c")),
+        {"chosen": hh + "b", "rejected": hh + "c"},
+    ]
+    prompt = ids(f"<s>{HEAD}a<|end|>\n<|user|>r<|end|>\n<|assistant|>")
+    keeps_spaces = tiny(CHAT.replace(" | trim", ""))  # so that hh-rlhf's must already be gone
+    pairs = load(tmp_path, rows, keeps_spaces)
+    assert lists(pairs) == [[prompt, ids("b<|end|>"), ids("c<|end|>")]] * 3
+
+
+def test_a_refused_system_turn_opens_the_first_user_turn(tmp_path):
+    system = [{"role": "system", "content": "be kind"}]
+    rows = [row(system + chat("q", "a", "r"), answer("b"), answer("c")), *good(2)]
+    folded, kept = load(tmp_path, rows, tiny(NO_SYSTEM)), load(tmp_path, rows)
+    rest = "q<|end|>\n<|assistant|>a<|end|>\n<|user|>r<|end|>\n<|assistant|>"
+    assert lists(folded)[0][0] == ids("<s><|user|>be kind\n\n" + rest)
+    assert lists(kept)[0][0] == ids("<s><|system|>be kind<|end|>\n<|user|>" + rest)
+    assert folded.notes == {"system turn folded": 1} and not kept.notes
+
+
+def test_scores_that_tie_or_disagree_are_counted_and_the_rows_kept(tmp_path):
+    rows = good(6)
+    for r, scores in zip(rows, [(5, 5), (5.0, 5), (2, 3), (1, 4), (3, 2), (7, None)], strict=True):
+        r["score_chosen"], r["score_rejected"] = scores
+    pairs = load(tmp_path, rows)
+    assert len(pairs.triplets) == 6 and pairs.notes == {"score tie": 2, "score inversion": 2}
+
+
+# ---------------------------------------------------------------------- faults and lengths
+
+FAULTS = [
+    ("empty answer", row("q", " \n", "b")),
+    ("empty answer", row("q", "a", "")),
+    ("identical pair", row("q", "a", "a")),
+    ("identical pair", row("q", "a", " a\n")),  # once the template has stripped them
+    ("different prompts", {"chosen": chat("q", "a"), "rejected": chat("r", "b")}),
+    ("different prompts", {"chosen": chat("q", "a"), "rejected": chat("q", "a", "r", "b")}),
+    ("different prompts", row(chat("other"), chat("q", "a"), chat("q", "b"))),
+    ("turns do not alternate", row([*chat("q"), *chat("r")], answer("a"), answer("b"))),
+    ("turns do not alternate", row(answer("q"), answer("a"), answer("b"))),
+    ("turns do not alternate", {"chosen": answer("a"), "rejected": answer("b")}),
+    ("answer is not the assistant's", row(chat("q"), chat("a"), answer("b"))),
+    ("answer is not the assistant's", row(chat("q"), answer("a"), chat("b"))),
+    ("literal special token", row("what is <|end|>?", "a", "b")),
+    ("literal special token", row("q", "a</s>", "b")),
+    ("literal special token", row("q", "a", "<s>b")),
+    ("not text", row("q", None, "b")),
+    ("not text", row(None, "a", "b")),
+    ("not text", row("q", "a", answer("b"))),
+    ("not text", row(chat("q"), answer("a"), [])),
+    ("not text", row(chat("q"), answer(None), answer("b"))),
+    ("not text", row(chat([{"type": "text", "text": "q"}]), answer("a"), answer("b"))),
+    ("not text", row([{"role": None, "content": "q"}], answer("a"), answer("b"))),
+    ("not text", row(["q"], answer("a"), answer("b"))),
+    ("not text", {"chosen": "Hi." + HH + "a", "rejected": "Hi." + HH + "b"}),
+    ("not an object", ["q", "a", "b"]),
+]
+
+
+@pytest.mark.parametrize("reason, fault", FAULTS)
+def test_a_faulty_row_is_dropped_under_its_own_reason(reason, fault, tmp_path):
+    first, *rest = good(100)
+    pairs = load(tmp_path, [first, fault, *rest])
+    assert pairs.dropped == {reason: 1} and pairs.n_rows == 101
+    assert [t.row for t in pairs.triplets] == [0, *range(2, 101)]  # as numbered in the source
+
+
+def test_more_than_one_percent_of_malformed_rows_stops_the_load_with_counts(tmp_path):
+    assert len(load(tmp_path, [*good(99), row("q", "a", "a")]).triplets) == 99
+    rows = [*good(150), row("q", "a", "a"), row("q", "", "a")]
+    message = error_of(write(tmp_path / "bad.jsonl", rows))
+    for part in ("2 of 152 rows", "1%", "identical pair 1", "empty answer 1", "accepted"):
+        assert part in message
+
+
+def test_rows_dropped_for_their_length_are_not_malformed(tmp_path):
+    rows = [row("q" * 20, "a", "b"), row("q", "a" * 9 + "b", "a" * 9 + "c"), row("q", "a", "b")]
+    pairs = load(tmp_path, rows, max_length=12)
+    assert pairs.dropped == {"prompt leaves no room": 1, "identical after truncation": 1}
+    assert [t.row for t in pairs.triplets] == [2]
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 4])
+def test_truncation_cuts_the_end_of_the_answers_and_keeps_the_prompt(room, tmp_path):
+    prompt, chosen, rejected = ids("<s>" + HEAD), ids("abc<|end|>"), ids("x<|end|>")
+    pairs = load(tmp_path, [row("q", "abc", "x")], max_length=len(prompt) + room)
+    assert lists(pairs) == [[prompt, chosen[:room], rejected[:room]]]
+    assert pairs.notes == ({"truncated": 1} if room < len(chosen) else {})
+    assert not load(tmp_path, [row("q", "abc", "x")], max_length=len(prompt)).triplets
+
+
+# ---------------------------------------------------------------------- templates
+
+
+TEMPLATES = [
+    (CHAT, "<s>", "<s>" + HEAD, "<|end|>"),
+    (TURNS, "<s>", "<s>" + HEAD, "<|end|>"),
+    (TURNS, None, HEAD, "<|end|>"),
+    (PLAIN, None, "q", "</s>"),
+    (PLAIN, "<s>", "<s>q", "</s>"),
+]
+
+
+@pytest.mark.parametrize("template, bos, prompt, end", TEMPLATES)
+def test_one_bos_if_any_and_an_end_of_turn_or_the_eos(template, bos, prompt, end, tmp_path):
+    pairs = load(tmp_path, [row("q", "a", "b")], tiny(template, bos))
+    assert lists(pairs) == [[ids(prompt), ids("a" + end), ids("b" + end)]]
+
+
+def test_a_prompt_that_merges_with_an_answer_is_cut_where_all_agree_and_counted(tmp_path):
+    tokenizer = tiny(MERGING, None, ((":", "y"),))
+    pairs = load(tmp_path, [row("q", "yes", "no")], tokenizer)
+    texts = ["user:q\nassistant", ":yes\n</s>", ":no\n</s>"]
+    assert lists(pairs) == [[ids(text, tokenizer) for text in texts]]
+    assert pairs.notes == {"prompt is no token prefix": 1}
+
+
+def test_a_tokenizer_without_chat_template_is_told_how_to_pass_one(tmp_path):
+    with pytest.raises(InputError, match="^the tokenizer has no chat template.*--chat_template.*$"):
+        load(tmp_path, good(1), tiny(None))
+
+
+def test_a_template_that_ends_no_turn_needs_an_eos(tmp_path):
+    tokenizer = tiny.__wrapped__(PLAIN)  # not the cached one, which others use
+    tokenizer.eos_token = None
+    with pytest.raises(InputError, match="ends no turn and the tokenizer has no EOS"):
+        load(tmp_path, good(1), tokenizer)
+
+
+# ---------------------------------------------------------------------- sources
+
+ROWS = [row("one\u2028line", "é", "ü"), *good(3)]  # U+2028 ends no line of JSON
+JSONL = "\r\n".join(json.dumps(r, ensure_ascii=False) for r in ROWS).encode() + b"\n\n"
+
+
+def parquet():
+    file = io.BytesIO()
+    Dataset.from_list(ROWS).to_parquet(file)
+    return file.getvalue()
+
+
+FILES = {
+    "rows.json": json.dumps(ROWS, indent=1).encode(),
+    "rows.jsonl": JSONL,
+    "rows.jsonl.gz": gzip.compress(JSONL),
+    "rows.parquet": parquet(),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_kind_of_file_gives_the_same_triplets_and_has_one_split(file, tmp_path):
+    (tmp_path / file).write_bytes(FILES[file])
+    pairs, expected = load_pairs(str(tmp_path / file), "train", tiny(), 512), load(tmp_path, ROWS)
+    assert lists(pairs) == lists(expected) and pairs.fingerprint == expected.fingerprint
+    assert "no split 'test'; a single file has one, 'train'" in error_of(tmp_path / file, "test")
+
+
+@pytest.mark.parametrize("kind", ["one data set", "its splits", "a file per split"])
+def test_a_folder_gives_the_same_triplets_and_names_its_splits(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    source = tmp_path / kind
+    splits = {"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:2])}
+    if kind == "one data set":
+        del splits["test"]
+        splits["train"].save_to_disk(source)
+    elif kind == "its splits":
+        DatasetDict(splits).save_to_disk(source)
+    else:
+        for split, rows in splits.items():
+            rows.to_json(source / f"{split}.jsonl")
+    for split in splits:
+        pairs = load_pairs(str(source), split, tiny(), 512)
+        expected = load(tmp_path, list(splits[split]))
+        assert lists(pairs) == lists(expected) and pairs.fingerprint == expected.fingerprint
+    assert f"no split 'dev'; it has {', '.join(splits)}" in error_of(source, "dev")
+
+
+UNUSABLE = {  # the file's bytes, and what the message must say beside its name
+    "missing.jsonl": (None, "no such file"),
+    "cut.jsonl": (b'{"a": 1}\n\n{"a": ', "line 3: not JSON"),
+    "cut.json": (b'[{"a": 1}', "line 1 column 10"),
+    "latin1.jsonl": (b'{"a": "\xe9"}', "utf-8"),
+    "cut.jsonl.gz": (FILES["rows.jsonl.gz"][:-9], "cannot be read"),
+    "not.jsonl.gz": (JSONL, "cannot be read"),
+    "cut.parquet": (FILES["rows.parquet"][:-9], "not a whole parquet file"),
+    "empty.jsonl": (b"\n", "no rows"),
+    "empty.json": (b"[]", "no rows"),
+    "rows.csv": (b"chosen,rejected", "not a .jsonl, .json or .parquet file"),
+    "labels.jsonl": (b'{"text": "a", "label": 1}', "text, label; accepted"),
+    "half.jsonl": (b'{"prompt": "a", "chosen": "a"}', "prompt, chosen; accepted"),
+    "bare.jsonl": (b'{"chosen": "a", "rejected": "b"}', "chosen, rejected; accepted"),
+    "lists.json": (b"[[1]]", "a list; accepted"),
+}
+
+
+@pytest.mark.parametrize("file", UNUSABLE)
+def test_an_unusable_file_is_one_line_saying_what_and_where(file, tmp_path):
+    content, expected = UNUSABLE[file]
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    assert expected in error_of(tmp_path / file)
+
+
+def test_a_data_set_that_cannot_be_fetched_is_one_line_with_the_cause(monkeypatch):
+    def fail(source):
+        raise ConnectionError("no route to host\nand a page of hints")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    assert "no route to host" in error_of("somebody/some-pairs")
+
+
+# ---------------------------------------------------------------------- fingerprint
+
+
+def test_the_fingerprint_changes_with_one_token_with_the_order_and_with_the_rows(tmp_path):
+    rows = good(3)
+    changed = [[*rows[:2], {**rows[2], key: rows[2][key] + "!"}] for key in rows[2]]
+    prints = [load(tmp_path, r).fingerprint for r in [rows, *changed, rows[::-1], rows[:2], rows]]
+    assert prints[0] == prints[-1] and len(set(prints)) == 6
+
+
+def test_the_fingerprint_changes_when_a_token_moves_across_a_border(tmp_path):
+    tokenizer = tiny(PLAIN, None)  # nothing marks where the prompt ends
+    a, b = (load(tmp_path, [r], tokenizer) for r in [row("ab", "cd", "x"), row("a", "bcd", "x")])
+    assert sum(lists(a)[0], []) == sum(lists(b)[0], [])
+    assert a.fingerprint != b.fingerprint
+
+
+# ---------------------------------------------------------------------- order
+
+
+@pytest.mark.parametrize("n, batch_size", [(10, 3), (12, 4), (5, 5), (7, 1)])
+def test_each_epoch_is_another_permutation_without_its_incomplete_batch(n, batch_size):
+    steps = n // batch_size
+    batches = [batch_indices(step, n, batch_size, seed=0).tolist() for step in range(3 * steps)]
+    assert all(len(batch) == batch_size for batch in batches)
+    epochs = [sum(batches[first : first + steps], []) for first in (0, steps, 2 * steps)]
+    for epoch in epochs:
+        assert len(set(epoch)) == steps * batch_size and set(epoch) <= set(range(n))
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_a_batch_is_a_function_of_its_step_alone():
+    in_order = [batch_indices(step, 20, 4, seed=3).tolist() for step in range(15)]
+    for step in random.Random(0).sample(range(15), 15):  # as a resumed run may start anywhere
+        epoch_order.cache_clear()
+        assert batch_indices(step, 20, 4, seed=3).tolist() == in_order[step]
+    assert batch_indices(0, 20, 4, seed=4).tolist() != in_order[0]
+
+
+# ---------------------------------------------------------------------- packing
+
+LENGTHS = [(1, 1, 1), (5, 2, 7), (3, 6, 1), (4, 4, 4)]  # prompt, chosen, rejected
+both_layouts = pytest.mark.parametrize("share_prompt", [True, False])
+
+
+def distinct_triplets():
+    """Every token is another number, so that none can stand in for another."""
+    tokens = iter(range(100, 1000))
+    return [
+        Triplet(*(np.array([next(tokens) for _ in range(n)], dtype=np.int32) for n in lengths), i)
+        for i, lengths in enumerate(LENGTHS)
+    ]
+
+
+def naive_pack(triplets, share_prompt):
+    """The layout token by token: ids, position ids, and where the parts of each sequence lie."""
+    ids, positions, chosen, rejected = [], [], [], []
+
+    def put(tokens, first_position):
+        for k, token in enumerate(tokens):
+            ids.append(int(token))
+            positions.append(first_position + k)
+        return list(range(len(ids) - len(tokens), len(ids)))
+
+    for t in triplets:
+        prompt = put(t.prompt, 0)
+        chosen.append((prompt, put(t.chosen, len(prompt))))
+        prompt = prompt if share_prompt else put(t.prompt, 0)
+        rejected.append((prompt, put(t.rejected, len(prompt))))
+    return ids, positions, chosen + rejected
+
+
+@both_layouts
+def test_packing_equals_the_naive_construction(share_prompt):
+    packed = pack(distinct_triplets(), share_prompt)
+    ids, positions, places = naive_pack(distinct_triplets(), share_prompt)
+    predict, labels, owner, segments = [], [], [], []
+    for sequence, (prompt, scored) in enumerate(places):
+        for k, place in enumerate(scored):
+            predict.append(scored[k - 1] if k else prompt[-1])
+            labels.append(ids[place])
+            owner.append(sequence)
+    for i, (p, c, r) in enumerate(LENGTHS):
+        first, again = places[i][0][0], places[len(LENGTHS) + i][0][0]
+        segments += [(first, p, c, r)] if share_prompt else [(first, p, c, 0), (again, p, r, 0)]
+    assert packed.ids.tolist() == ids and packed.position_ids.tolist() == positions
+    assert packed.predict.tolist() == predict and packed.labels.tolist() == labels
+    assert packed.owner.tolist() == owner and packed.segments == tuple(segments)
+    assert packed.lengths.tolist() == [len(scored) for _, scored in places]
+    assert packed.real_tokens == sum(2 * p + c + r for p, c, r in LENGTHS)
+
+
+@both_layouts
+def test_every_sequence_reads_as_if_it_stood_alone(share_prompt):
+    triplets = distinct_triplets()
+    packed = pack(triplets, share_prompt)
+    assert packed.gather.shape == packed.mask.shape == (8, 12)
+    answers = [t.chosen for t in triplets] + [t.rejected for t in triplets]
+    for i, (t, scored) in enumerate(zip(triplets * 2, answers, strict=True)):
+        at = packed.gather[i][packed.mask[i]]
+        assert packed.ids[at].tolist() == [*t.prompt, *scored]
+        assert packed.position_ids[at].tolist() == list(range(len(at)))
+        assert packed.mask[i, : len(at)].all()  # the padding is at the end
+        mine = packed.predict[packed.owner == i]
+        assert packed.ids[mine].tolist() == [t.prompt[-1], *scored[:-1]]  # never the other answer
+        assert packed.labels[packed.owner == i].tolist() == scored.tolist()
+
+
+def test_a_packed_batch_moves_whole():
+    packed = pack(distinct_triplets())
+    for before, after in zip(packed, packed.to("meta"), strict=True):
+        assert after.is_meta if torch.is_tensor(before) else after == before
