@@ -15,11 +15,13 @@ import hashlib
 import io
 import json
 import re
+import zlib
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import jinja2
 import numpy as np
 import torch
 from torch import Tensor
@@ -78,19 +80,17 @@ def read_rows(source: str, split: str):
     dicts."""
     path = Path(source)
     kind = re.search(r"\.(jsonl|json|parquet)(\.gz)?$", source)
-    if path.is_dir():
-        return read_with_datasets(source, split)
-    if not kind:
-        if path.is_file():
-            raise InputError(f"{source}: not a .jsonl, .json or .parquet file (also .gz)")
-        return read_with_datasets(source, split)
-    if not path.is_file():
+    if path.is_file() and not kind:
+        raise InputError(f"{source}: not a .jsonl, .json or .parquet file (also .gz)")
+    if not path.exists() and (kind or is_local(source)):
         raise InputError(f"{source}: no such file")
+    if not path.is_file():
+        return read_with_datasets(source, split)
     if split != "train":
         raise InputError(f"{source}: no split {split!r}; a single file has one, 'train'")
     try:
         raw = gzip.decompress(path.read_bytes()) if kind[2] else path.read_bytes()
-    except (OSError, EOFError) as error:  # gzip's own errors are among these
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{source}: cannot be read: {error}") from None
     return parse_parquet(source, raw) if kind[1] == "parquet" else parse_json(source, raw)
 
@@ -143,7 +143,13 @@ def read_with_datasets(source, split):
     return found[split]
 
 
-def first_line(error):
+def is_local(name: str) -> bool:
+    """Whether a name can only be a path here, as no Hub id has that form."""
+    return name.count("/") > 1 or name.startswith(("/", ".", "~"))
+
+
+def first_line(error: BaseException) -> str:
+    error = error.__cause__ or error
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -162,6 +168,7 @@ def check_columns(source, rows):
 
 # ---------------------------------------------------------------------- one row to messages
 
+SURROGATE = re.compile("[\ud800-\udfff]")
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -248,22 +255,24 @@ class ChatEncoder:
         special |= set(tokenizer.all_special_tokens)
         self.special_text = re.compile("|".join(map(re.escape, sorted(special))) or r"(?!)")
         self.special_ids = set(tokenizer.convert_tokens_to_ids(list(special)))
-        self.folds_system = not self.accepts([{"role": "system", "content": "s"}])
-        self.find_end_of_turn()
+        try:
+            self.find_end_of_turn()
+        except jinja2.TemplateError as error:
+            raise InputError(f"the chat template cannot be used: {first_line(error)}") from None
+        self.folds_system = not self.takes_system_turn()
 
     def template(self, messages, generation_prompt=False) -> list[int]:
         return self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=generation_prompt, tokenize=True, return_dict=False
         )
 
-    def accepts(self, first_turns):
-        import jinja2
-
+    def takes_system_turn(self) -> bool:
+        """Neither refused nor silently left out."""
+        system, user = {"role": "system", "content": "s"}, {"role": "user", "content": "u"}
         try:
-            self.template([*first_turns, {"role": "user", "content": "u"}])
+            return self.template([system, user]) != self.template([user])
         except jinja2.TemplateError:
             return False
-        return True
 
     def find_end_of_turn(self):
         """The special token that the template puts after an answer, and how many tokens (a line
@@ -271,8 +280,8 @@ class ChatEncoder:
         stop."""
         user = [{"role": "user", "content": "u"}]
         ids = self.template([*user, {"role": "assistant", "content": "a"}])
-        after = len(self.template(user, True))
-        special = [i for i in range(min(after, len(ids)), len(ids)) if ids[i] in self.special_ids]
+        header = common_prefix(self.template(user, True), ids)
+        special = [i for i in range(header, len(ids)) if ids[i] in self.special_ids]
         self.append_eos = not special
         self.tail = len(ids) - 1 - special[-1] if special else 0
         self.end_of_turn = ids[special[-1]] if special else self.tokenizer.eos_token_id
@@ -305,14 +314,19 @@ class ChatEncoder:
         for text in (*(m["content"] for m in messages), chosen, rejected):
             if self.special_text.search(text):  # one-pass templating cannot escape it
                 raise RowFault("literal special token")
-        prompt = self.prompt_ids(messages)
-        answers = [self.answer_ids(messages, chosen), self.answer_ids(messages, rejected)]
+            if not text.isascii() and SURROGATE.search(text):  # JSON can hold half a character
+                raise RowFault("not text")
+        try:
+            prompt = self.prompt_ids(messages)
+            answers = [self.answer_ids(messages, chosen), self.answer_ids(messages, rejected)]
+        except jinja2.TemplateError:
+            raise RowFault("refused by the chat template") from None
         # a tokenizer may merge across the border: both answers then start where all three still
         # agree
         n = min(common_prefix(prompt, ids) for ids in answers)
         if answers[0] == answers[1]:
             raise RowFault("identical pair")  # the template strips white space
-        if max(map(len, answers)) <= n or n == 0:
+        if min(map(len, answers)) <= n or n == 0:
             raise RowFault("empty answer")
         chosen, rejected = (ids[n:max_length] for ids in answers)
         if n >= max_length or chosen == rejected:
@@ -372,7 +386,9 @@ def load_pairs(
 
 @lru_cache(maxsize=2)
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(n)
+    order = np.random.default_rng([seed, epoch]).permutation(n)
+    order.flags.writeable = False  # it is shared by all who ask
+    return order
 
 
 def batch_indices(step: int, n: int, batch_size: int, seed: int) -> np.ndarray:

@@ -13,47 +13,52 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-SCORES = ("ref", "theta", "other")  # the order of a critic's three score vectors and of their means
-
 
 class Discriminator(nn.Module):
-    """What both critics share: spectral norm that moves only when told to, and the running
-    means."""
+    """What both kinds share: a first layer and a head, spectrally normalised; spectral norm that
+    moves only when told to; the running means."""
 
-    def __init__(self, ema_decay: float):
+    def __init__(self, hidden_size: int, hidden: int, ema_decay: float):
         super().__init__()
         self.ema_decay = ema_decay
-        self.register_buffer("ema", torch.zeros(3))  # of the mean scores, in the order of SCORES
+        # of the mean scores mu_ref, mu_theta, mu_other, from 0 as in Algorithm 1, line 3
+        self.register_buffer("ema", torch.zeros(3))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+        self.project_in = nn.Linear(hidden_size, hidden)
+        self.head_in, self.head_out = nn.Linear(hidden, hidden), nn.Linear(hidden, 1)
+
+    def normalised_layers(self):
+        return self.project_in, self.head_in, self.head_out
 
     def finish(self):
-        """Xavier weights and zero biases first, spectral norm on the marked layers after [choice
-        11]."""
-        for module in list(self.modules()):
+        """Last in each __init__: Xavier weights and zero biases, then spectral norm, since the
+        other way round would be undone by the norm's own copy of the weight [choice 11]."""
+        for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.bias)
         for layer in self.normalised_layers():
             spectral_norm(layer)
         for _ in range(30):
             self.power_iterate()
-        return self.train()
+        self.train()
+
+    def head(self, pooled: Tensor) -> Tensor:
+        """(B, D) -> raw scores (B,)."""
+        x = F.gelu(normalised(self.head_in, pooled))
+        return normalised(self.head_out, x).squeeze(-1).to(self.ema.dtype)
 
     def train(self, mode: bool = True):
-        """As always, but spectral norm stays in eval mode: a forward never moves its vectors
-        [choice 11]."""
+        """As always, but spectral norm stays in eval mode: no forward moves it [choice 11]."""
         super().train(mode)
         for layer in self.normalised_layers():
-            if hasattr(layer, "parametrizations"):
-                layer.parametrizations.eval()
+            layer.parametrizations.eval()
         return self
 
     @torch.no_grad()
     def power_iterate(self):
         """One power iteration for every spectral norm; called once per discriminator update, so
-        that every forward of a step, on every micro-batch and rank, divides by the same estimate of
-        sigma."""
+        that every forward of a step, on every micro-batch and rank, divides by the same sigma."""
         for layer in self.normalised_layers():
             layer.parametrizations.train()
             layer.weight  # noqa: B018  reading it in train mode is what runs the iteration
@@ -61,52 +66,44 @@ class Discriminator(nn.Module):
 
     @torch.no_grad()
     def update_means(self, s_ref: Tensor, s_theta: Tensor, s_other: Tensor):
-        """Algorithm 1, lines 14-15, with the mean scores of the *global* batch, once per step
-        [choice 2]."""
+        """Algorithm 1, lines 14-15, on the scores of the *global* batch, once per step [choice
+        2]."""
         batch = torch.stack([s_ref.mean(), s_theta.mean(), s_other.mean()])
         self.ema.mul_(self.ema_decay).add_(batch, alpha=1 - self.ema_decay)
         self.num_updates += 1
 
     def means(self) -> Tensor:
-        """mu_ref, mu_theta, mu_other, (3,): the moving averages without the pull of their start at
-        0 [choice 2]."""
-        n = self.num_updates.clamp(min=1).to(
-            self.ema
-        )  # before the first update: 0, as in Algorithm 1, line 3
+        """mu_ref, mu_theta, mu_other, (3,): the moving averages freed of their start at 0, so the
+        first batch's own means after one update, and 0 before any [choice 2]."""
+        n = self.num_updates.clamp(min=1).to(self.ema)
         return self.ema / (1 - self.ema_decay**n)
 
 
 class TransformerDiscriminator(Discriminator):
-    """Fig 10: linear to `hidden` (spectral norm), learned positions, pre-norm encoder, masked mean,
-    MLP head."""
+    """Fig 10: linear to `hidden` (spectral norm), learned positions, pre-norm encoder layers,
+    masked mean, a two-layer head (spectral norm)."""
 
     def __init__(self, hidden_size, hidden, layers, dropout, max_length, ema_decay):
-        super().__init__(ema_decay)
+        super().__init__(hidden_size, hidden, ema_decay)
         # 8 heads as in Fig 10, fewer where they would be narrower than 8 units
         heads = next(n for n in (8, 4, 2, 1) if hidden % n == 0 and (hidden // n >= 8 or n == 1))
-        self.project_in = nn.Linear(hidden_size, hidden)
         self.pos_embedding = nn.Parameter(torch.randn(max_length, hidden) * 0.02)
         # a list, since nn.TransformerEncoder starts all its layers as copies of one [choice 17]
         self.layers = nn.ModuleList(EncoderLayer(hidden, heads, dropout) for _ in range(layers))
-        self.head = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, 1))
         self.finish()
 
-    def normalised_layers(self):
-        return self.project_in, self.head[0], self.head[2]
-
     def forward(self, h: Tensor, attention_mask: Tensor) -> Tensor:
-        """Latents h (B, T, H) of any float type and attention_mask (B, T), 1 on real tokens  ->
-        raw scores (B,)."""
+        """Latents h (B, T, H), attention_mask (B, T), 1 on real tokens -> raw scores (B,)."""
         length = min(h.shape[1], self.pos_embedding.shape[0])  # cut both together [choice 8]
         h, mask = h[:, :length], attention_mask[:, :length].bool()
-        x = self.project_in(h.to(self.pos_embedding.dtype)) + self.pos_embedding[:length]
+        x = normalised(self.project_in, h) + self.pos_embedding[:length]
         for layer in self.layers:
             x = layer(x, mask)
-        return self.head(masked_mean(x, mask)).squeeze(-1).to(self.pos_embedding.dtype)
+        return self.head(masked_mean(x, mask))
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm self-attention and a GELU feed-forward four times as wide."""
+    """Pre-norm self-attention over real tokens and a GELU feed-forward four times as wide."""
 
     def __init__(self, hidden, heads, dropout):
         super().__init__()
@@ -119,42 +116,38 @@ class EncoderLayer(nn.Module):
         return F.dropout(x, self.dropout, self.training)
 
     def forward(self, x, mask):
-        batch, length, hidden = x.shape
-        qkv = self.qkv(self.norm_attention(x)).view(batch, length, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        a = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask[:, None, None], dropout_p=self.dropout if self.training else 0.0
-        )
-        x = x + self.drop(self.out(a.transpose(1, 2).reshape(batch, length, hidden)))
+        qkv = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, D) each
+        dropout = self.dropout if self.training else 0.0
+        a = F.scaled_dot_product_attention(q, k, v, mask[:, None, None], dropout)
+        x = x + self.drop(self.out(a.transpose(1, 2).flatten(2)))
         return x + self.drop(self.ffn_out(self.drop(F.gelu(self.ffn_in(self.norm_ffn(x))))))
 
 
 class MLPDiscriminator(Discriminator):
-    """Table 3's shallow critic: the masked mean of the latents, then three spectrally normalised
-    layers."""
+    """Table 3's shallow critic: the masked mean of the latents, then the first layer and the
+    head."""
 
     def __init__(self, hidden_size, hidden, ema_decay):
-        super().__init__(ema_decay)
-        self.project_in = nn.Linear(hidden_size, hidden)
-        self.head = nn.Sequential(
-            nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, 1)
-        )
+        super().__init__(hidden_size, hidden, ema_decay)
         self.finish()
 
-    def normalised_layers(self):
-        return self.project_in, self.head[1], self.head[3]
-
     def forward(self, h: Tensor, attention_mask: Tensor) -> Tensor:
-        """Latents h (B, T, H) and attention_mask (B, T)  ->  raw scores (B,)."""
-        dtype = self.project_in.bias.dtype
-        pooled = masked_mean(h.to(dtype), attention_mask.bool())
-        return self.head(self.project_in(pooled)).squeeze(-1).to(dtype)
+        """Latents h (B, T, H), attention_mask (B, T), 1 on real tokens -> raw scores (B,)."""
+        pooled = masked_mean(h.to(self.ema.dtype), attention_mask.bool())
+        return self.head(F.gelu(normalised(self.project_in, pooled)))
+
+
+def normalised(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A spectrally normalised layer: sigma in the weights' precision, the product in autocast's."""
+    with torch.autocast(x.device.type, enabled=False):
+        weight = layer.weight
+    return F.linear(x.to(weight.dtype), weight, layer.bias)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """(B, T, D), (B, T)  ->  (B, D), the mean over real tokens [choice 3]."""
-    mask = mask[..., None]
-    return torch.where(mask, x, 0).sum(1) / mask.sum(1)
+    """(B, T, D), (B, T) bool -> (B, D), the mean over real tokens [choice 3]."""
+    return torch.where(mask[..., None], x, 0).sum(1) / mask.sum(1, keepdim=True)
 
 
 def build_discriminator(
@@ -166,13 +159,13 @@ def build_discriminator(
     max_length: int = 2048,
     ema_decay: float = 0.9,
 ) -> Discriminator:
-    """A critic for latents of width hidden_size. kind: transformer (Fig 10) or mlp; ValueError
-    otherwise. hidden, layers, dropout, max_length (positions learned) are the critic's own sizes;
-    the MLP has no use for layers, dropout and max_length."""
+    """A critic for latents of width hidden_size. kind: transformer (Fig 10) or mlp (Table 3), which
+    has no use for layers, dropout and max_length (learned positions). ValueError for another
+    kind."""
     if kind == "transformer":
         return TransformerDiscriminator(hidden_size, hidden, layers, dropout, max_length, ema_decay)
     if kind == "mlp":
         return MLPDiscriminator(hidden_size, hidden, ema_decay)
     raise ValueError(
-        f"unknown discriminator {kind!r}: transformer or mlp (mse is a loss, losses.latent_mse)"
+        f"unknown discriminator {kind!r}: transformer or mlp (mse is losses.latent_mse)"
     )

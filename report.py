@@ -85,8 +85,9 @@ def print_header(run, tokenizer, data, held_out):
     size = min(args.micro_batch_size, per_rank)
     print0(
         f"{args.batch_size} pairs/step = {run.world} rank(s) x {math.ceil(per_rank / size)}"
-        f" forward(s) of up to {size} pairs; {len(data.triplets)} pairs = {run.steps_per_epoch} steps/epoch,"
-        f" {len(data.triplets) % args.batch_size} left over; {run.max_steps} steps"
+        f" forward(s) of up to {size} pairs; {len(data.triplets)} pairs ="
+        f" {run.steps_per_epoch} steps/epoch, {len(data.triplets) % args.batch_size} left over;"
+        f" {run.max_steps} steps"
     )
     print0(f"data: {data.summary()}; fingerprint {data.fingerprint}")
     if held_out:

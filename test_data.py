@@ -267,6 +267,7 @@ FAULTS = [
     ("not text", row([{"role": None, "content": "q"}], answer("a"), answer("b"))),
     ("not text", row(["q"], answer("a"), answer("b"))),
     ("not text", {"chosen": "Hi." + HH + "a", "rejected": "Hi." + HH + "b"}),
+    ("not text", row("q", "a \ud800", "b")),  # half a character, which JSON can hold
     ("not an object", ["q", "a", "b"]),
 ]
 
@@ -334,6 +335,36 @@ def test_a_tokenizer_without_chat_template_is_told_how_to_pass_one(tmp_path):
         load(tmp_path, good(1), tiny(None))
 
 
+def test_a_template_that_cannot_be_rendered_is_refused(tmp_path):
+    with pytest.raises(InputError, match="^the chat template cannot be used: .*$"):
+        load(tmp_path, good(1), tiny("{% for m in messages %}"))
+
+
+def test_a_row_that_the_template_refuses_or_does_not_show_is_dropped(tmp_path):
+    """A template of single turns, and one that leaves an answer out."""
+    single = "{% if messages | length > 2 %}{{ raise_exception('one turn') }}{% endif %}" + CHAT
+    rows = [*good(100), {"chosen": chat("q", "a", "r", "b"), "rejected": chat("q", "a", "r", "c")}]
+    assert load(tmp_path, rows, tiny(single)).dropped == {"refused by the chat template": 1}
+    silent = CHAT.replace("in messages %}", "in messages if m.content != 'skip' %}")
+    pairs = load(tmp_path, [*good(100), row("q", "skip", "b")], tiny(silent))
+    assert pairs.dropped == {"empty answer": 1}
+
+
+def test_a_header_that_opens_more_than_the_answers_turn_hides_no_end_of_turn(tmp_path):
+    """As where the generation prompt opens a passage of thinking that finished turns do not
+    have."""
+    template = CHAT.replace("<|assistant|>{% endif %}", "<|assistant|>think!{% endif %}")
+    pairs = load(tmp_path, [row("q", "a", "b")], tiny(template))
+    assert lists(pairs) == [[ids("<s>" + HEAD), ids("a<|end|>"), ids("b<|end|>")]]
+
+
+def test_a_system_turn_that_the_template_leaves_out_is_folded(tmp_path):
+    silent = "{% for m in messages if m.role != 'system' %}" + CHAT.split("%}", 1)[1]
+    pairs = load(tmp_path, [row([{"role": "system", "content": "s"}, *chat("q")],
+                                answer("a"), answer("b"))], tiny("<s>" + silent))  # fmt: skip
+    assert pairs.notes["system turn folded"] == 1
+
+
 def test_a_template_that_ends_no_turn_needs_an_eos(tmp_path):
     tokenizer = tiny.__wrapped__(PLAIN)  # not the cached one, which others use
     tokenizer.eos_token = None
@@ -396,6 +427,7 @@ UNUSABLE = {  # the file's bytes, and what the message must say beside its name
     "latin1.jsonl": (b'{"a": "\xe9"}', "utf-8"),
     "cut.jsonl.gz": (FILES["rows.jsonl.gz"][:-9], "cannot be read"),
     "not.jsonl.gz": (JSONL, "cannot be read"),
+    "bad.jsonl.gz": (FILES["rows.jsonl.gz"][:20] + b"\xff" * 20, "cannot be read"),
     "cut.parquet": (FILES["rows.parquet"][:-9], "not a whole parquet file"),
     "empty.jsonl": (b"\n", "no rows"),
     "empty.json": (b"[]", "no rows"),

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import losses
 import train_ganpo
 from checkpoint import load_discriminators
 from data import Triplet, batch_indices, load_pairs, pack
@@ -300,7 +302,7 @@ def naive_algorithm_1(world, steps, loss, mean, kind, lambda_adv, beta, ratio, l
         with torch.no_grad():
             h_ref, ref_logp = naive_forward(ref, batch)
 
-        losses, mus = [], []
+        disc_losses, mus = [], []
         for j, (s_ref, s_theta, s_other) in enumerate(
             naive_quad(critics, h_ref, [h.detach() for h in h_theta])
         ):
@@ -311,13 +313,13 @@ def naive_algorithm_1(world, steps, loss, mean, kind, lambda_adv, beta, ratio, l
             mu = [m / (1 - 0.9 ** (step + 1)) for m in averages[j]]
             if mean == "batch":
                 mu = [s_ref.mean(), s_theta.mean(), s_other.mean()]
-            losses.append(
+            disc_losses.append(
                 softplus(mu[1] - s_ref).mean() + softplus(s_theta - mu[0]).mean()
                 + softplus(mu[2] - s_theta).mean() + softplus(s_other - mu[1]).mean()
             )  # fmt: skip
             mus.append(mu)
         disc_optimizer.zero_grad()
-        sum(losses).backward()
+        sum(disc_losses).backward()
         disc_optimizer.step()
         for critic in critics:
             critic.power_iterate()
@@ -357,8 +359,8 @@ def naive_algorithm_1(world, steps, loss, mean, kind, lambda_adv, beta, ratio, l
         optimizer.step()
         mse = sum(((a - b) ** 2).mean() for a, b in zip(h_theta, h_ref, strict=True)) / 16
         rows.append(
-            {"loss_opo": opo.item(), "loss_adv": adv.item(), "loss_disc_pos": losses[0].item(),
-             "loss_disc_neg": losses[1].item(), "adv_to_opo_grad": (norms[0] / norms[1]).item(),
+            {"loss_opo": opo.item(), "loss_adv": adv.item(), "loss_disc_pos": disc_losses[0].item(),
+             "loss_disc_neg": disc_losses[1].item(), "adv_to_opo_grad": (norms[0] / norms[1]).item(),
              "latent_mse": mse.item()}
         )  # fmt: skip
     return rows, policy, critics
@@ -566,6 +568,29 @@ def test_rows_are_means_over_the_whole_step_and_columns_agree(tiny_world, tmp_pa
         assert row["tokens"] == sum(2 * len(t.prompt) + len(t.chosen) + len(t.rejected) for t in ts)
 
 
+@pytest.mark.parametrize("more", [(), ("--lambda_adv=1", "--disc=mse"), ("--loss=simpo",)])
+def test_training_raises_accuracy_and_margin_on_its_own_pairs(more, tiny_world, tmp_path):
+    rows, _ = run(tiny_world, tmp_path / "r", "--epochs=12", *more)
+    last = rows[-6:]
+    assert sum(r["loss_opo"] for r in last) / 6 < 0.8 * rows[0]["loss_opo"]
+    assert min(r["pref_acc"] for r in last) > 0.85 and last[-1]["margin"] > rows[0]["margin"]
+
+
+def test_autocast_leaves_the_spectral_norms_as_they_are(monkeypatch):
+    critic, h, mask = (
+        build_discriminator("transformer", 32, 16),
+        torch.randn(4, 7, 32),
+        torch.ones(4, 7),
+    )
+    plain, weights, linear = critic(h, mask), [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w, b=None: weights.append(w) or linear(x, w, b))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = critic(h, mask)
+    assert torch.equal(weights[0], critic.project_in.weight)  # what the products were taken with
+    assert mixed.dtype == torch.float32 and not torch.equal(mixed, plain)
+    torch.testing.assert_close(mixed, plain, rtol=3e-2, atol=3e-2)
+
+
 # ---------------------------------------------------------------------- what a run leaves behind
 
 
@@ -700,7 +725,7 @@ BAD = [  # flags, and what the one line must say
     (["--batch_size=64"], "fewer pairs than --batch_size 64"),
     (["--dataset=nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (["--split=test"], "no split 'test'; a single file has one, 'train'"),
-    (["--model=nowhere/at/all"], "--model nowhere/at/all"),
+    (["--model=nowhere/at/all"], "--model nowhere/at/all: no such folder"),
     (["--max_length=512"], "max_length 512 is beyond the model's 256 positions"),
     (["--chat_template=nowhere.jinja"], "--chat_template: "),
     (["--eval_every=2"], "pass --eval_split"),
@@ -795,7 +820,8 @@ def test_readme_command_on_real_preferences_with_one_and_two_processes(loss, tmp
         done = command(
             f"--model={SHARED / 'models/stories260K'}", "--chat_template=plain_chat.jinja",
             f"--dataset={SHARED / 'prefs/ultrafeedback_trl.jsonl.gz'}", "--max_length=512",
-            "--batch_size=32", "--max_steps=4", f"--loss={loss}", f"--out_dir={out}", torchrun=ranks,
+            "--batch_size=32", "--max_steps=4", f"--loss={loss}", f"--out_dir={out}",
+            torchrun=ranks,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         rows.append(rows_of(out / "metrics.csv"))
@@ -803,3 +829,43 @@ def test_readme_command_on_real_preferences_with_one_and_two_processes(loss, tmp
     # AdamW turns gradients of rounding size into whole steps: looser with every step
     close(rows[0][0], rows[1][0], 1e-5)
     close(rows[0][3], rows[1][3], 1e-3)
+
+
+# ---------------------------------------------------------------------- README
+
+
+README = (HERE / "README.md").read_text()
+
+
+def test_readme_names_every_file_with_its_lines_and_every_function_with_its_place():
+    files = dict(re.findall(r"^\| \[(\S+)\]\(\S+\) \| (\d+) \|", README, re.M))
+    assert set(files) == {p.name for p in HERE.glob("*.py")} | {"plain_chat.jinja"}
+    wrong = [
+        f"{name} has {count} lines"
+        for name, claimed in files.items()
+        if (count := len((HERE / name).read_text().splitlines())) != int(claimed)
+    ]
+    places = re.findall(r"`(\w+)` (\w+\.py):(\d+)", README)
+    for function, name, line in places:
+        lines = (HERE / name).read_text().splitlines()
+        (found,) = [i for i, text in enumerate(lines, 1) if re.match(rf" *def {function}\(", text)]
+        if found != int(line):
+            wrong.append(f"{function} is at {name}:{found}")
+    assert len(places) > 10 and not wrong, wrong
+
+
+def test_readme_choices_are_those_that_the_code_cites():
+    table = README.split("## Choices")[1].split("##")[0]
+    rows = {int(k) for k in re.findall(r"^\| (\d+) \|", table, re.M)}
+    code = "".join(p.read_text() for p in HERE.glob("*.py") if not p.name.startswith("test_"))
+    assert rows == set(range(1, 18)) == {int(k) for k in re.findall(r"\[choice (\d+)\]", code)}
+
+
+def test_readmes_other_preference_loss_trains(tiny_world, tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    try:
+        exec(example, vars(losses))
+        rows, _ = run(tiny_world, tmp_path / "r", "--loss=hinge", "--epochs=4")
+    finally:
+        losses.OPO_LOSSES.pop("hinge")
+    assert rows[0]["loss_opo"] == 1 and rows[-1]["loss_opo"] < 0.9

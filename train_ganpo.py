@@ -22,13 +22,14 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import distributed
 import report
 from checkpoint import export_policy, latest_step, load_state, save_discriminators, save_state
-from data import InputError, batch_indices, first_line, load_pairs, pack
+from data import InputError, batch_indices, first_line, is_local, load_pairs, pack
 from discriminator import build_discriminator
 from distributed import all_ranks, print0
 from losses import (
@@ -95,7 +96,10 @@ def parse_args(argv):
     # fmt: off
     positive, share = number(float, 0, above=True), number(float, 0, 1)
     at_least_0, count, natural = number(float, 0), number(int, 1), number(int, 0)
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    layout = partial(argparse.HelpFormatter, max_help_position=32, width=100)
+    about = __doc__.split("\n\n")[0]
+    usage = "torchrun train_ganpo.py [--flag value ...]"
+    parser = Parser("train_ganpo.py", usage, about, allow_abbrev=False, formatter_class=layout)
     # in brackets the default and where it comes from; App. B, Fig 10, Eq, Alg. 1 are the paper's
     add = parser.add_argument_group("what to train").add_argument
     add("--preset", choices=PRESETS, default="mini", help="settings to start from [mini, ours]")
@@ -169,6 +173,9 @@ def check_input(args, world):
     """All that can be refused before a weight is read -> tokenizer, config, data, held-out data."""
     if args.batch_size % world:
         raise InputError(f"--batch_size {args.batch_size} is not divisible by {world} ranks")
+    for name in (args.model, args.ref_model):
+        if is_local(name) and not Path(name).is_dir():
+            raise InputError(f"--model {name}: no such folder")
     try:
         config, ref_config = (AutoConfig.from_pretrained(m) for m in (args.model, args.ref_model))
         tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -484,7 +491,8 @@ def reduce_metrics(sums, metrics, args):
     m["margin"] = m["reward_chosen"] - m["reward_rejected"]
     if args.lambda_adv > 0:
         adv, opo = m.pop("adv_grad"), m.pop("opo_grad")
-        m["adv_to_opo_grad"] = math.sqrt(adv / opo) if opo else math.inf
+        if opo:
+            m["adv_to_opo_grad"] = math.sqrt(adv / opo)
         m.setdefault("loss_adv", m["latent_mse"])  # --disc mse
     return m
 
@@ -612,6 +620,7 @@ def train(args):
 def main(argv=None):
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
     try:
         train(parse_args(sys.argv[1:] if argv is None else argv))
     except (InputError, FloatingPointError) as error:  # found by every rank, said by one
