@@ -105,10 +105,11 @@ def save_discriminators(path, critics, settings: dict):
 
 
 def load_discriminators(path, device="cpu"):
-    """-> {"pos": critic, "neg": critic} in eval mode, as save_discriminators wrote them."""
+    """-> {"disc_pos": critic, "disc_neg": critic} in eval mode, as save_discriminators wrote
+    them."""
     saved = torch.load(path, map_location=device, weights_only=True)
     critics = {}
-    for name in ("pos", "neg"):
+    for name in ("disc_pos", "disc_neg"):
         critics[name] = build_discriminator(**saved["settings"]).to(device)
         critics[name].load_state_dict(saved[name])
         critics[name].eval()

@@ -104,7 +104,7 @@ def run(world, out, *more, family="llama", ranks=1):
     if (out / "discriminators.pt").exists():
         saved = torch.load(out / "discriminators.pt", weights_only=True)
         for sign in ("pos", "neg"):
-            weights |= {f"{sign}.{k}": v for k, v in saved[sign].items()}
+            weights |= {f"{sign}.{k}": v for k, v in saved[f"disc_{sign}"].items()}
     return rows_of(out / "metrics.csv"), weights
 
 
@@ -358,11 +358,11 @@ def naive_algorithm_1(world, steps, loss, mean, kind, lambda_adv, beta, ratio, l
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         mse = sum(((a - b) ** 2).mean() for a, b in zip(h_theta, h_ref, strict=True)) / 16
-        rows.append(
-            {"loss_opo": opo.item(), "loss_adv": adv.item(), "loss_disc_pos": disc_losses[0].item(),
-             "loss_disc_neg": disc_losses[1].item(), "adv_to_opo_grad": (norms[0] / norms[1]).item(),
-             "latent_mse": mse.item()}
-        )  # fmt: skip
+        terms = dict(
+            loss_opo=opo, loss_adv=adv, latent_mse=mse, adv_to_opo_grad=norms[0] / norms[1]
+        )
+        terms |= dict(zip(("loss_disc_pos", "loss_disc_neg"), disc_losses, strict=True))
+        rows.append({name: value.item() for name, value in terms.items()})
     return rows, policy, critics
 
 
@@ -399,9 +399,10 @@ SETTINGS = [
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=" ".join)
 def test_results_do_not_depend_on_micro_batches_or_ranks(setting, tiny_world, tmp_path):
-    """8 x 1, 1 x 8, and 2 ranks x 4 pairs."""
+    """8 x 1, 1 x 8, and 2 ranks x 4 pairs. Weights are compared in float64 only: in float32 AdamW
+    makes whole steps of gradients that are 0 but for rounding, such as an attention key's bias."""
     for dtype in ("float32", "float64"):
-        setting = (*(s for s in setting if "dtype" not in s), f"--dtype={dtype}")
+        setting = (*(s for s in setting if "dtype" not in s), f"--dtype={dtype}", "--lr=3e-4")
         whole, weights = run(tiny_world, tmp_path / f"{dtype}8", *setting, "--micro_batch_size=8")
         for name, ranks, size in ((f"{dtype}1", 1, 1), (f"{dtype}2r", 2, 4)):
             rows, cut = run(
@@ -501,14 +502,16 @@ def test_neither_player_sends_gradient_to_the_other(tiny_world, tmp_path, monkey
     assert all(p.grad is None for p in state.ref.parameters())
 
 
-def test_discriminators_stay_spectrally_normal_and_learn(tiny_world, tmp_path):
-    run(tiny_world, tmp_path / "r", "--disc_lr=3e-3", "--epochs=6")
+def test_discriminators_learn_and_stay_spectrally_normal(tiny_world, tmp_path):
+    """Against a policy that stands still, so that what they learn is good from bad."""
+    run(tiny_world, tmp_path / "r", "--lr=0", "--disc_lr=3e-3", "--epochs=6")
     for critic in load_discriminators(tmp_path / "r" / "discriminators.pt").values():
         assert critic.num_updates == 18
         for layer in critic.normalised_layers():
             assert abs(torch.linalg.matrix_norm(layer.weight, 2).item() - 1) < 0.02
     first, *_, last = rows_of(tmp_path / "r" / "metrics.csv")
-    assert last["loss_disc_pos"] < first["loss_disc_pos"]
+    assert last["loss_disc_pos"] < first["loss_disc_pos"] - 0.02
+    assert last["loss_disc_neg"] < first["loss_disc_neg"] - 0.02
 
 
 @pytest.mark.parametrize("more, columns", [
@@ -641,12 +644,12 @@ def test_stop_and_resume_equal_an_undisturbed_run_bit_for_bit(ranks, tiny_world,
 def test_discriminators_file_scores_as_the_run_did(tiny_world, tmp_path):
     run(tiny_world, tmp_path / "r", "--max_steps=2")
     critics = load_discriminators(tmp_path / "r" / "discriminators.pt")
-    assert set(critics) == {"pos", "neg"}
+    assert set(critics) == {"disc_pos", "disc_neg"}
     saved = torch.load(tmp_path / "r" / "discriminators.pt", weights_only=True)
-    for sign, critic in critics.items():
+    for name, critic in critics.items():
         assert not critic.training and critic.means().shape == (3,)
-        for name, value in critic.state_dict().items():
-            assert torch.equal(value, saved[sign][name])
+        for k, value in critic.state_dict().items():
+            assert torch.equal(value, saved[name][k])
 
 
 def test_config_json_has_settings_versions_and_fingerprint(tiny_world, tmp_path):

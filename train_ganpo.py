@@ -80,8 +80,8 @@ def number(kind, low, high=math.inf, above=False):
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
         if not low <= value <= high or value == math.inf or above and value == low:  # or nan
-            bracket = "(" if above else "["
-            raise argparse.ArgumentTypeError(f"{text} is not in {bracket}{low}, {high}]")
+            ends = "(" if above else "[", ")" if high == math.inf else "]"
+            raise argparse.ArgumentTypeError(f"{text} is not in {ends[0]}{low}, {high}{ends[1]}")
         return value
 
     return parse
@@ -212,22 +212,26 @@ def check_input(args, world):
 def claim_out_dir(args) -> Path:
     """--out_dir, or the next free out/run-NNN: rank 0 decides. A folder that holds a run needs
     --resume."""
-    folder, refusal = Path(args.out_dir or "out"), None
-    if dist.get_rank() == 0:
+
+    def decide():
+        folder = Path(args.out_dir or "out")
         if not args.out_dir:
             taken = [int(f.name[4:]) for f in folder.glob("run-*") if f.name[4:].isdigit()]
             folder = folder / f"run-{max(taken, default=-1) + 1:03d}"
         holds_run = any((folder / f).exists() for f in ("config.json", "metrics.csv", "state"))
         if args.resume and latest_step(folder) is None:
-            refusal = f"{folder}: no state to resume from"
-        elif holds_run and not args.resume:
-            refusal = f"{folder} holds a run: pass --resume, or another --out_dir"
-        else:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                refusal = f"--out_dir: {error}"
-    decision = [folder, refusal]
+            raise InputError(f"{folder}: no state to resume from")
+        if holds_run and not args.resume:
+            raise InputError(f"{folder} holds a run: pass --resume, or another --out_dir")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    decision = [None, None]  # the folder, or why not
+    if dist.get_rank() == 0:
+        try:
+            decision[0] = decide()
+        except (InputError, OSError) as error:
+            decision[1] = f"--out_dir {error}"
     dist.broadcast_object_list(decision)
     folder, refusal = decision
     if refusal:
@@ -266,7 +270,7 @@ def build(args, config, device):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
             settings = critic_settings(args, config)
-            critics = {sign: build_discriminator(**settings) for sign in ("pos", "neg")}
+            critics = {j: build_discriminator(**settings) for j in ("disc_pos", "disc_neg")}
         run.critics = torch.nn.ModuleDict(critics).to(device, master)
         distributed.assert_equal_on_ranks(run.critics)
         run.critic_optimizer = torch.optim.AdamW(  # [choice 10]
@@ -319,31 +323,27 @@ def own_scores(run, h, mask):
     """Latents (2b, L, H), chosen first -> (2, b): disc_pos on chosen, disc_neg on rejected."""
     pos, neg = mask.chunk(2)
     with run.autocast():
-        scores = run.critics["pos"](h[: len(pos)], pos), run.critics["neg"](h[len(pos) :], neg)
-    return torch.stack(scores)
+        s_pos = run.critics["disc_pos"](h[: len(pos)], pos)
+        s_neg = run.critics["disc_neg"](h[len(pos) :], neg)
+    return torch.stack([s_pos, s_neg])
 
 
 def quad_scores(run, h_ref, h_theta, mask):
     """Line 12: latents (2b, L, H), chosen first -> (2, 3, b), per critic s_ref, s_theta,
     s_other."""
-    h_other = h_ref.roll(len(h_ref) // 2, 0)  # the reference's latents of the opposite sign
-    other_mask = mask.roll(len(mask) // 2, 0)
+    b = len(mask) // 2
+    h_other, other_mask = h_ref.roll(b, 0), mask.roll(b, 0)  # of the opposite sign
     # three forwards of one shape: equal latents get equal scores to the last bit
-    return torch.stack(
-        [
-            own_scores(run, h_ref, mask),
-            own_scores(run, h_theta, mask),
-            own_scores(run, h_other, other_mask),
-        ],
-        dim=1,
-    )
+    quad = (h_ref, mask), (h_theta, mask), (h_other, other_mask)
+    return torch.stack([own_scores(run, h, m) for h, m in quad], dim=1)
 
 
 def update_critics(run, scores, step):
     """Lines 13-19: means, losses and one update of both discriminators, on the global scores (2, 3,
     B), of which this rank's part carries its graph -> metrics."""
     losses, metrics = 0, {"d_ra": 4 * LN2}  # the constant that Eq 13 lacks [choice 13]
-    for (sign, critic), s in zip(run.critics.items(), scores, strict=True):
+    for (name, critic), s in zip(run.critics.items(), scores, strict=True):
+        sign = name.removeprefix("disc_")
         critic.update_means(*s.detach())
         mu = critic.means() if run.args.mean == "ema" else s.mean(-1)  # these carry gradient
         loss = discriminator_loss(*s, *mu)
@@ -414,27 +414,25 @@ def train_step(run, batches, step):
             h.register_hook(add_squares(sums, "adv_grad"))
         if run.critics:  # line 12, on detached latents
             scores = quad_scores(run, h_ref, h_theta.detach(), batch.mask)
-            kept.append(
-                (scores, loss, h_theta, h_ref if args.mean == "batch" else None, batch.mask)
-            )
+            kept.append(SimpleNamespace(loss=loss, scores=scores, h=h_theta, mask=batch.mask))
+            kept[-1].h_ref = h_ref if args.mean == "batch" else None  # else needed no more
         else:
             (loss + lambda_adv * share * mse.sum() if adversarial else loss).backward()
 
     metrics = {}
     if run.critics:
         # lines 13-19: the discriminators
-        metrics |= update_critics(run, all_ranks(torch.cat([k[0] for k in kept], dim=-1)), step)
+        scores = all_ranks(torch.cat([k.scores for k in kept], dim=-1))
+        metrics |= update_critics(run, scores, step)
         # lines 20-24: the policy, through the updated and now frozen discriminators [choice 6]
         run.critics.requires_grad_(False).eval()
-        s_theta = [own_scores(run, h_theta, mask) for _, _, h_theta, _, mask in kept]
-        s_ref = None
+        s_theta, s_ref = [own_scores(run, k.h, k.mask) for k in kept], None
         if args.mean == "batch":
-            s_ref = torch.cat(
-                [own_scores(run, h_ref, mask) for _, _, _, h_ref, mask in kept], dim=-1
-            )
+            s_ref = torch.cat([own_scores(run, k.h_ref, k.mask) for k in kept], dim=-1)
         metrics["loss_adv"], grad = adversarial_gradient(run, torch.cat(s_theta, dim=-1), s_ref)
         for s, g in zip(s_theta, grad.split([s.shape[-1] for s in s_theta], dim=-1), strict=True):
-            loss = kept.pop(0)[1] + lambda_adv * run.world * (g * s).sum()
+            # the chain rule by hand: g is dL_adv/ds, and FSDP2 will average over ranks
+            loss = kept.pop(0).loss + lambda_adv * run.world * (g * s).sum()
             loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), args.grad_clip)
     metrics["grad_norm"] = norm.full_tensor()
@@ -444,11 +442,10 @@ def train_step(run, batches, step):
             raise FloatingPointError(f"step {step + 1}: {name} is {value}; the step was not taken")
     run.optimizer.step()
     run.optimizer.zero_grad()
-    return (
-        metrics
-        | {"lr": args.lr * factor}
-        | ({"disc_lr": args.disc_lr * factor} if run.critics else {})
-    )
+    metrics["lr"] = args.lr * factor
+    if run.critics:
+        metrics["disc_lr"] = args.disc_lr * factor
+    return metrics
 
 
 def set_lr(optimizer, lr):
