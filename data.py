@@ -65,11 +65,12 @@ class PreferenceData(NamedTuple):
     fingerprint: str  # of every token id in order
 
     def summary(self) -> str:
-        counts = lambda c: ", ".join(f"{reason} {n}" for reason, n in sorted(c.items())) or "none"  # noqa: E731
-        return (
-            f"{len(self.triplets):,} of {self.n_rows:,} rows; dropped: {counts(self.dropped)}; "
-            f"kept but noted: {counts(self.notes)}"
-        )
+        kept = f"{len(self.triplets):,} of {self.n_rows:,} rows"
+        return f"{kept}; dropped: {counts(self.dropped)}; kept but noted: {counts(self.notes)}"
+
+
+def counts(counter: Counter) -> str:
+    return ", ".join(f"{reason} {n}" for reason, n in counter.most_common()) or "none"
 
 
 # ---------------------------------------------------------------------- rows
@@ -370,10 +371,9 @@ def load_pairs(
         if (i + 1) % 10_000 == 0:
             log(f"tokenised {i + 1:,} of {len(rows):,} rows")
     if faults.total() > MALFORMED_LIMIT * len(rows):
-        counts = ", ".join(f"{reason} {n}" for reason, n in faults.most_common())
         raise InputError(
             f"{source}: {faults.total()} of {len(rows)} rows are malformed, more than "
-            f"{MALFORMED_LIMIT:.0%}: {counts}; {ACCEPTED}"
+            f"{MALFORMED_LIMIT:.0%}: {counts(faults)}; {ACCEPTED}"
         )
     digest = hashlib.sha256()
     for ids in (ids for t in triplets for ids in t[:3]):
