@@ -14,6 +14,12 @@ from torch import Tensor
 
 LN2 = 0.6931471805599453  # softplus(0): what a critic that cannot tell apart pays per term
 
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x). F.softplus alone is a straight line from x = 20 on: in float64 off by 2e-9."""
+    return F.softplus(x, threshold=40.0)
+
+
 # ---------------------------------------------------------------------- preference optimisation
 
 
@@ -31,7 +37,7 @@ def dpo_loss(
     chosen, rejected = implicit_rewards(
         logp_chosen, logp_rejected, ref_logp_chosen, ref_logp_rejected, beta
     )
-    return F.softplus(rejected - chosen)
+    return softplus(rejected - chosen)
 
 
 def simpo_loss(
@@ -41,7 +47,7 @@ def simpo_loss(
 
     -log sigma(beta * (logp_w - logp_l) - gamma), gamma = beta * gamma_beta_ratio  ->  (B,)
     """
-    return F.softplus(beta * (gamma_beta_ratio - (logp_chosen - logp_rejected)))
+    return softplus(beta * (gamma_beta_ratio - (logp_chosen - logp_rejected)))
 
 
 def ipo_loss(
@@ -146,7 +152,7 @@ def relativistic_bce(s_real: Tensor, s_fake: Tensor, mu_real: Tensor, mu_fake: T
     -E log sigma(s_real - mu_fake) - E log(1 - sigma(s_fake - mu_real))  ->  scalar; 2 ln 2 at equal
     scores.
     """
-    return F.softplus(mu_fake - s_real).mean() + F.softplus(s_fake - mu_real).mean()
+    return softplus(mu_fake - s_real).mean() + softplus(s_fake - mu_real).mean()
 
 
 def discriminator_loss(
@@ -193,8 +199,8 @@ def generator_loss(
             return -relativistic_bce(s_ref, s_theta, mu_ref, mu_theta)
         return relativistic_bce(s_theta, s_ref, mu_theta, mu_ref)
     if kind == "minimax":
-        return -F.softplus(s_theta - mu_ref).mean()
-    return F.softplus(mu_ref - s_theta).mean()
+        return -softplus(s_theta - mu_ref).mean()
+    return softplus(mu_ref - s_theta).mean()
 
 
 def latent_mse(h_theta: Tensor, h_ref: Tensor, mask: Tensor) -> Tensor:

@@ -40,8 +40,12 @@ both_games = pytest.mark.parametrize("game", GAMES)
 
 
 @pytest.fixture(autouse=True)
-def same_numbers_whichever_test_ran_before():
+def one_seed_and_one_thread():
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine threads wait for each other: 3 s become 50
+    yield
+    torch.set_num_threads(threads)
 
 
 def draw(count, scale=1.0):
@@ -53,7 +57,7 @@ def constant(value):
     return torch.full((B,), value, dtype=torch.float64)
 
 
-def close(actual, expected, rtol=1e-12, atol=1e-12):
+def check_close(actual, expected, rtol=1e-12, atol=1e-12):
     expected = torch.as_tensor(expected, dtype=actual.dtype)
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
@@ -128,21 +132,21 @@ adversarial = pytest.mark.parametrize("name", ADVERSARIAL)
 def test_every_preference_loss_is_its_equation(name):
     logps = draw(4, 3.0)
     expected = [PREFERENCE[name](*pair) for pair in torch.stack(logps, 1).tolist()]
-    close(UNDER_TEST[name](*logps), expected)
+    check_close(UNDER_TEST[name](*logps), expected)
 
 
 def test_implicit_rewards_are_beta_times_the_log_ratios():
     logps = draw(4, 3.0)
     pairs = torch.stack(logps, 1).tolist()
     chosen, rejected = implicit_rewards(*logps, 0.3)
-    close(chosen, [0.3 * (w - ref_w) for w, _, ref_w, _ in pairs])
-    close(rejected, [0.3 * (lo - ref_l) for _, lo, _, ref_l in pairs])
+    check_close(chosen, [0.3 * (w - ref_w) for w, _, ref_w, _ in pairs])
+    check_close(rejected, [0.3 * (lo - ref_l) for _, lo, _, ref_l in pairs])
 
 
 @adversarial
 def test_every_adversarial_loss_is_its_equation(name):
     inputs = [*draw(2), *draw(1)[0][:2]]
-    close(UNDER_TEST[name](*inputs), ADVERSARIAL[name](*(x.tolist() for x in inputs)))
+    check_close(UNDER_TEST[name](*inputs), ADVERSARIAL[name](*(x.tolist() for x in inputs)))
 
 
 @pytest.mark.parametrize("own, other", ["+-", "-+"])
@@ -150,7 +154,7 @@ def test_discriminator_loss_is_eq_19_and_with_the_signs_swapped_eq_20(own, other
     names, scores, means = ("ref" + own, "theta" + own, "ref" + other), draw(3), draw(1)[0][:3]
     s = {name: x.tolist() for name, x in zip(names, scores, strict=True)}
     mu = {name: x.item() for name, x in zip(names, means, strict=True)}
-    close(discriminator_loss(*scores, *means), naive_eq_19(s, mu, own, other))
+    check_close(discriminator_loss(*scores, *means), naive_eq_19(s, mu, own, other))
 
 
 @pytest.mark.parametrize("mask_type", [torch.bool, torch.int64, torch.float64])
@@ -162,7 +166,7 @@ def test_latent_mse_is_the_mean_over_units_and_real_tokens_only(mask_type):
     for a, b, real in zip(h_theta.tolist(), h_ref.tolist(), mask.tolist(), strict=True):
         tokens = [t for t in range(4) if real[t]]
         expected.append(mean((a[t][u] - b[t][u]) ** 2 for t in tokens for u in range(H)))
-    close(latent_mse(h_theta, h_ref, mask.to(mask_type)), expected)
+    check_close(latent_mse(h_theta, h_ref, mask.to(mask_type)), expected)
 
 
 # ---------------------------------------------------------------------- gradients
@@ -193,14 +197,14 @@ def test_the_gradient_under_batch_means_is_the_central_difference_of_the_equatio
         up[i], down[i] = up[i] + 1e-5, down[i] - 1e-5
         rise = ADVERSARIAL[name](ref, up, mean(ref), mean(up))
         rise -= ADVERSARIAL[name](ref, down, mean(ref), mean(down))
-        close(actual[i], rise / 2e-5, atol=1e-9)
+        check_close(actual[i], rise / 2e-5, atol=1e-9)
 
 
 @both_games
 def test_both_games_pull_equally_where_the_policy_scores_the_reference_mean(game):
     s_ref, s = constant(0.7), constant(0.7).requires_grad_()
-    close(gradient(generator_loss(s, s_ref.mean(), game), s), [-1 / 2 / B] * B)
-    close(gradient(generator_loss(s, s_ref.mean(), game, s_ref, s.mean()), s), [-1 / B] * B)
+    check_close(gradient(generator_loss(s, s_ref.mean(), game), s), [-1 / 2 / B] * B)
+    check_close(gradient(generator_loss(s, s_ref.mean(), game, s_ref, s.mean()), s), [-1 / B] * B)
 
 
 @both_games
@@ -219,17 +223,17 @@ def test_the_policy_loss_falls_wherever_its_score_rises(game):
 
 def test_preference_losses_start_at_their_known_values():
     w, lo = draw(2, 3.0)
-    close(dpo_loss(w, lo, w, lo, 0.3), [math.log(2)] * B)
-    close(ipo_loss(w, lo, w, lo, 0.3), [1 / (4 * 0.3**2)] * B)
-    close(simpo_loss(w, w, 0.3, 0.5), [math.log(1 + math.exp(0.15))] * B)
+    check_close(dpo_loss(w, lo, w, lo, 0.3), [math.log(2)] * B)
+    check_close(ipo_loss(w, lo, w, lo, 0.3), [1 / (4 * 0.3**2)] * B)
+    check_close(simpo_loss(w, w, 0.3, 0.5), [math.log(1 + math.exp(0.15))] * B)
 
 
 def test_scores_that_tell_nothing_apart_cost_ln_2_a_term():
     assert LN2 == math.log(2)
     s, mu = constant(1.3), constant(1.3).mean()
     for name, terms in zip(ADVERSARIAL, (2, -1, 1, -2, 2), strict=True):
-        close(UNDER_TEST[name](s, s, mu, mu), terms * math.log(2))
-    close(discriminator_loss(s, s, s, mu, mu, mu), 4 * math.log(2))
+        check_close(UNDER_TEST[name](s, s, mu, mu), terms * math.log(2))
+    check_close(discriminator_loss(s, s, s, mu, mu, mu), 4 * math.log(2))
 
 
 @pytest.mark.parametrize("scale", [0.01, 0.3, 1.0, 5.0])
@@ -242,15 +246,15 @@ def test_same_scores_with_batch_means_cost_2_ln_2_and_at_most_a_quarter_of_their
 def test_swapping_chosen_and_rejected_negates_the_dpo_logit():
     w, lo, ref_w, ref_l = draw(4, 3.0)
     there, back = dpo_loss(w, lo, ref_w, ref_l, 0.3), dpo_loss(lo, w, ref_l, ref_w, 0.3)
-    close(back - there, 0.3 * ((w - ref_w) - (lo - ref_l)))  # softplus(z) - softplus(-z) = z
+    check_close(back - there, 0.3 * ((w - ref_w) - (lo - ref_l)))  # softplus(z) - softplus(-z) = z
 
 
 def test_only_differences_of_scores_count_in_the_adversarial_losses():
     inputs = [*draw(3), *draw(1)[0][:3]]
-    close(discriminator_loss(*(x + 7 for x in inputs)), discriminator_loss(*inputs))
+    check_close(discriminator_loss(*(x + 7 for x in inputs)), discriminator_loss(*inputs))
     pair = inputs[:2] + inputs[3:5]
     for name in ADVERSARIAL:
-        close(UNDER_TEST[name](*(x + 7 for x in pair)), UNDER_TEST[name](*pair))
+        check_close(UNDER_TEST[name](*(x + 7 for x in pair)), UNDER_TEST[name](*pair))
 
 
 # ---------------------------------------------------------------------- far scores
@@ -268,6 +272,14 @@ def test_every_loss_and_gradient_is_finite_at_scores_of_400(far, dtype):
         assert gradient(loss, a).isfinite().all()
 
 
+@pytest.mark.parametrize("x", [-30.0, 19.9, 20.1, 25.0, 39.9, 40.1])
+def test_float64_is_right_to_its_last_digits_where_the_losses_bend(x):
+    s, zero = constant(x).requires_grad_(), constant(0.0)[0]
+    loss = generator_loss(s, zero, "minimax")
+    check_close(loss, -math.log1p(math.exp(x)), rtol=4e-16, atol=0)
+    check_close(gradient(loss, s), [-1 / (1 + math.exp(-x)) / B] * B, rtol=4e-16, atol=0)
+
+
 # far to the left of 0, log(1 + e^x) and its slope are e^x; far to the right, x and 1
 @pytest.mark.parametrize(
     "game, far, value, slope",
@@ -281,8 +293,8 @@ def test_every_loss_and_gradient_is_finite_at_scores_of_400(far, dtype):
 def test_far_scores_follow_their_asymptotes(game, far, value, slope):
     s, mu_ref = constant(far).requires_grad_(), torch.zeros((), dtype=torch.float64)
     loss = generator_loss(s, mu_ref, game)
-    close(loss, value, atol=0)
-    close(gradient(loss, s), [slope / B] * B, atol=0)
+    check_close(loss, value, atol=0)
+    check_close(gradient(loss, s), [slope / B] * B, atol=0)
 
 
 # ---------------------------------------------------------------------- the registry, and refusals
@@ -296,7 +308,7 @@ def test_registered_losses_take_sums_and_divide_by_the_lengths_where_they_need_m
     if not needs_ref:
         w, lo = w / lengths[0], lo / lengths[1]
     expected = [PREFERENCE[name](*pair) for pair in torch.stack([w, lo, *ref], 1).tolist()]
-    close(OPO_LOSSES[name](lp, ARGS), expected)
+    check_close(OPO_LOSSES[name](lp, ARGS), expected)
 
 
 def test_the_losses_on_offer_say_whether_they_need_the_reference():
@@ -313,7 +325,7 @@ def test_a_loss_of_ones_own_is_offered_under_its_name():
     assert registered is hinge and registered.needs_ref is False
     w, lo = draw(2)
     expected = [max(0.0, 0.3 - (a - b)) for a, b in zip(w.tolist(), lo.tolist(), strict=True)]
-    close(registered(LogProbs(w, lo, None, None, None, None), ARGS), expected)
+    check_close(registered(LogProbs(w, lo, None, None, None, None), ARGS), expected)
 
 
 def test_generator_loss_refuses_another_kind_and_half_of_the_batch_means():
@@ -364,7 +376,7 @@ def test_around_the_encoder_a_critic_is_three_linear_layers_and_a_masked_mean(ki
             positions = zip(*disc.pos_embedding[:length].tolist(), strict=True)
             x = [v + mean(p) for v, p in zip(x, positions, strict=True)]
         expected += naive_linear(third, naive_gelu(naive_linear(second, x)))
-    close(disc(h, mask), expected)
+    check_close(disc(h, mask), expected)
 
 
 def test_an_encoder_layer_is_torchs_pre_norm_layer_with_the_same_weights():
@@ -380,7 +392,7 @@ def test_an_encoder_layer_is_torchs_pre_norm_layer_with_the_same_weights():
             weights[name + kind] = nn.init.normal_(parameter, std=0.3)
     x, mask = torch.randn(3, 6, 16, dtype=torch.float64), latents()[1].bool()
     expected = functional_call(theirs, weights, x, {"src_key_padding_mask": ~mask})
-    close(ours(x, mask), expected)
+    check_close(ours(x, mask), expected)
 
 
 def test_the_defaults_are_those_of_fig_10_and_appendix_b():
@@ -415,7 +427,7 @@ def test_a_critic_gives_one_raw_score_per_sequence_in_the_precision_of_its_weigh
     with torch.autocast("cpu", torch.bfloat16):
         scores = disc(h, mask)
     assert scores.dtype == torch.float32 and while_normalising == [False]
-    close(scores, expected, 0.05, 0.05)
+    check_close(scores, expected, 0.05, 0.05)
 
 
 # ---------------------------------------------------------------------- critics: masks
@@ -425,16 +437,16 @@ def test_a_critic_gives_one_raw_score_per_sequence_in_the_precision_of_its_weigh
 def test_padding_and_batch_mates_change_no_score(kind):
     disc, (h, mask) = critic(kind), latents()
     scores = disc(h, mask)
-    close(disc(torch.where(mask.bool()[..., None], h, 0), mask.bool()), scores)
+    check_close(disc(torch.where(mask.bool()[..., None], h, 0), mask.bool()), scores)
     longer = torch.cat([h, torch.randn(3, 4, H)], 1), torch.cat([mask, torch.zeros(3, 4)], 1)
-    close(disc(*longer), scores)
+    check_close(disc(*longer), scores)
     for i, length in enumerate(mask.sum(1)):
-        close(disc(h[i : i + 1, :length], mask[i : i + 1, :length]), scores[i : i + 1])
+        check_close(disc(h[i : i + 1, :length], mask[i : i + 1, :length]), scores[i : i + 1])
 
 
 def test_sequences_beyond_max_length_are_cut_with_their_mask():
     disc, (h, mask) = critic(max_length=4), latents((9, 6, 2), padded_to=9)
-    close(disc(h, mask), disc(h[:, :4], mask[:, :4]))
+    check_close(disc(h, mask), disc(h[:, :4], mask[:, :4]))
 
 
 # ---------------------------------------------------------------------- critics: initialisation
@@ -473,7 +485,7 @@ def test_linear_layers_start_with_zero_bias_and_xavier_weights(kind):
 
 def assert_spectral_norms_are_1(disc):
     norms = [torch.linalg.matrix_norm(layer.weight, 2) for layer in disc.normalised_layers()]
-    close(torch.stack(norms), [1.0, 1.0, 1.0], atol=0.02)
+    check_close(torch.stack(norms), [1.0, 1.0, 1.0], atol=0.02)
 
 
 @pytest.mark.parametrize("kind, hidden_size, hidden", [("transformer", H, 32), ("mlp", 768, 512)])
@@ -520,15 +532,15 @@ def test_dropout_changes_scores_in_train_mode_only():
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
 def test_running_means_start_at_0_then_are_adams_bias_corrected_averages(decay):
     disc, average = critic("mlp", ema_decay=decay), [0.0] * 3
-    close(disc.means(), average, atol=0)
+    check_close(disc.means(), average, atol=0)
     for step in range(1, 8):
         scores = draw(3)
         disc.update_means(*scores)
         batch = [mean(s.tolist()) for s in scores]
         average = [decay * a + (1 - decay) * b for a, b in zip(average, batch, strict=True)]
-        close(disc.means(), [a / (1 - decay**step) for a in average])
+        check_close(disc.means(), [a / (1 - decay**step) for a in average])
         if step == 1:
-            close(disc.means(), batch)
+            check_close(disc.means(), batch)
 
 
 def test_running_means_and_spectral_norms_are_restored_exactly_from_the_state_dict():
