@@ -1,10 +1,8 @@
-"""What a run leaves behind: the state that --resume continues from, and the exports that others
-load.
+"""What a run leaves behind: the state that --resume continues from, and the exports.
 
-    out_dir/state/step-000040/   torch.distributed.checkpoint: policy, optimisers, critics, RNG of
-    each rank out_dir/hf/                  the policy as a Hugging Face folder, tokenizer and chat
-    template included out_dir/discriminators.pt    both critics with their running means, and how to
-    build them
+    OUT_DIR/state/step-000040/   policy, optimisers, critics, each rank's RNG, sharded
+    OUT_DIR/hf/                  the policy as a Hugging Face folder, with tokenizer and template
+    OUT_DIR/discriminators.pt    both critics with their running means, and how to build them
 
 Every function that takes a sharded model is collective: all ranks call it.
 """

@@ -1,15 +1,13 @@
 """One forward of a causal LM over packed pairs, the same code for the policy and its reference.
 
     lm = load_lm("google/gemma-2-2b-it", torch.float32)
-    out = lm(pack(triplets))                 # data.pack
-    out.h                                    # (T, H) last hidden states, after the final norm
-    [choice 7] out.logp                                 # (2B,)  summed log-probabilities: B chosen,
-    then B rejected
+    out = lm(pack(triplets))     # data.pack
+    out.h                        # (1, T, H) last hidden states, after the final norm [choice 7]
+    out.logp                     # (2B,) summed log-probabilities: B chosen, then B rejected
 
 A micro-batch of B pairs is one row of T tokens, each pair laid out as [prompt, chosen, rejected]:
 the prompt is read once, both answers continue it at position len(prompt), and rejected does not see
-chosen. That costs a third fewer tokens than two padded sequences per pair and is the same function
-of the weights.
+chosen. No padding, fewer tokens, and the same function of the weights.
 """
 
 import functools
@@ -22,9 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 ATTENTION = "shared_prompt"  # the name under which transformers finds the attention below
-LOGITS_PER_CHUNK = (
-    2**27
-)  # the head sees so many logits at once: 0.5 GB in fp32 whatever the vocabulary
+LOGITS_PER_CHUNK = 2**27  # 0.5 GB in fp32 whatever the vocabulary
 
 
 class LatentsAndLogProbs(NamedTuple):
@@ -166,7 +162,7 @@ def check_config(config, max_length: int):
 
 def load_lm(name: str, dtype: torch.dtype, checkpointing: bool = False) -> PackedLM:
     """A Hub id or a folder -> PackedLM with its weights in dtype, dropout off. checkpointing
-    recomputes each layer in backward: about a third more work, a twentieth of the activations."""
+    keeps only the layers' inputs and computes each layer again in backward."""
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=ATTENTION)
     model.eval()  # for good: dropout would make policy and reference differ before the first step
     if checkpointing:

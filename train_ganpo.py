@@ -1,7 +1,7 @@
 """GANPO (arXiv 2601.22083): preference optimisation with a latent adversarial regulariser,
 Algorithm 1.
 
-    torchrun train_ganpo.py --preset gemma-2-2b-it                # one GPU, the settings of App. B
+    torchrun --nproc_per_node 2 train_ganpo.py --preset gemma-2-2b-it --checkpointing    # App. B
     torchrun --nproc_per_node 8 train_ganpo.py --preset llama-3-8b-instruct --loss simpo
     python train_ganpo.py --model DIR --dataset pairs.jsonl       # the same thing with one process
 
