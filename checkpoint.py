@@ -26,9 +26,7 @@ def _state(policy, optimizer, critics, critic_optimizer):
     if torch.cuda.is_available():
         state["cuda_rng"] = {str(dist.get_rank()): torch.cuda.get_rng_state()}
     state["policy"], state["optimizer"] = get_state_dict(policy, optimizer)
-    if (
-        critics is not None
-    ):  # buffers included: spectral norm's vectors, running means and their count
+    if critics is not None:  # with buffers: spectral norm's vectors, running means, their count
         state["critics"], state["critic_optimizer"] = get_state_dict(critics, critic_optimizer)
     return state
 
@@ -82,9 +80,7 @@ def export_policy(policy, tokenizer, folder):
         if dist.get_rank() == 0:
             weights[name] = value.cpu()
     if dist.get_rank() == 0:
-        with torch.device(
-            "meta"
-        ):  # save_pretrained of the sharded model itself fails: a shell does
+        with torch.device("meta"):  # a shell: the sharded model cannot save_pretrained itself
             shell = AutoModelForCausalLM.from_config(policy.model.config)
         shell.generation_config = policy.model.generation_config
         if policy.model.config.tie_word_embeddings:  # gathered twice, stored once
