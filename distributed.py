@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from data import InputError
+
 
 def start() -> torch.device:
     """Joins torchrun's rendezvous, or without torchrun a world of one that needs no port ->
@@ -30,6 +32,22 @@ def start() -> torch.device:
 def stop():
     dist.barrier()  # a rank that leaves early can abort the others
     dist.destroy_process_group()
+
+
+def from_rank_0(function, blame: str):
+    """What function() returns on rank 0, on every rank. Its InputError or OSError is raised as an
+    InputError on every rank, `blame` first."""
+    result, refusal = None, None
+    if dist.get_rank() == 0:
+        try:
+            result = function()
+        except (InputError, OSError) as error:
+            refusal = f"{blame} {error}"
+    both = [result, refusal]
+    dist.broadcast_object_list(both)
+    if both[1]:
+        raise InputError(both[1])
+    return both[0]
 
 
 def print0(*values):

@@ -24,13 +24,14 @@ COLUMNS = (
     " grad_norm disc_grad_norm lr disc_lr tokens tokens_per_s peak_gb seconds"
 ).split()
 EVAL_COLUMNS = "step loss accuracy margin pairs".split()
+FINAL_COLUMNS = "temperature model n strict_acc strict_acc_se mean_score mean_score_se".split()
 
 
 class Table:
     """A csv file, one row per write; opened again, it keeps the rows up to `step` and goes on from
     there."""
 
-    def __init__(self, path, columns, step):
+    def __init__(self, path, columns, step=0):
         self.file = None
         if dist.get_rank() == 0:
             rows = []
@@ -127,6 +128,42 @@ def write_config(path, run, data, held_out):
     }
     if run.rank == 0:
         path.write_text(json.dumps(config, indent=1) + "\n")
+
+
+def compare(temperature, reference, policy) -> list[dict]:
+    """Verdicts of two models on the same prompts -> final.csv's rows: both models and policy minus
+    reference, with standard errors, the difference's of the paired values. Strict accuracy in
+    percent."""
+    scores = {
+        name: torch.tensor([[100 * v.strict, v.gold] for v in verdicts], dtype=torch.float64)
+        for name, verdicts in (("reference", reference), ("policy", policy))
+    }
+    scores["difference"] = scores["policy"] - scores["reference"]
+    rows = []
+    for model, x in scores.items():
+        (strict, gold), (strict_se, gold_se) = (
+            x.mean(0).tolist(),
+            (x.std(0) / len(x) ** 0.5).tolist(),
+        )
+        values = temperature, model, len(x), strict, strict_se, gold, gold_se
+        rows.append(dict(zip(FINAL_COLUMNS, values, strict=True)))
+    return rows
+
+
+def final_lines(rows) -> str:
+    lines = [
+        f"{rows[0]['n']} held-out prompts, exact judge; +- standard error of paired differences",
+        "                strict accuracy, %                        gold score",
+        "  T     reference  policy   difference       reference  policy   difference",
+    ]
+    for ref, policy, d in zip(*[iter(rows)] * 3, strict=True):
+        strict = f"{d['strict_acc']:+6.1f} +- {d['strict_acc_se']:.1f}"
+        gold = f"{d['mean_score']:+7.3f} +- {d['mean_score_se']:.3f}"
+        lines.append(
+            f"  {ref['temperature']:3.1f}   {ref['strict_acc']:9.1f} {policy['strict_acc']:7.1f}"
+            f" {strict}   {ref['mean_score']:12.3f} {policy['mean_score']:7.3f} {gold}"
+        )
+    return "\n".join(lines)
 
 
 def peak_gb(device) -> float:

@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import distributed
+import miniature
 import report
 from checkpoint import export_policy, latest_step, load_state, save_discriminators, save_state
 from data import InputError, batch_indices, first_line, is_local, load_pairs, pack
@@ -50,13 +51,14 @@ from policy import at_least_fp32, check_config, load_lm
 PAPER = dict(  # App. B and Fig 10 [choice 15]; beta of SimPO by its authors
     lambda_adv=1.0, disc_lr_ratio=0.5, simpo_beta=10.0, disc_hidden=512, disc_dropout=0.1,
     batch_size=128, max_length=2048, dtype="bfloat16", eval_split="test", eval_every=50,
+    final_eval=0,
 )
 PRESETS = {  # what --preset sets; every flag still overrides it
     "mini": dict(
-        model="out/mini/seed0/model", dataset="out/mini/seed0/train.jsonl", lr=1e-4,
+        model="out/mini/seed{seed}/model", dataset="out/mini/seed{seed}/train.jsonl", lr=1e-4,
         lambda_adv=0.1, disc_lr_ratio=10.0, simpo_beta=2.0, gamma_beta_ratio=0.5, disc_layers=2,
         disc_hidden=32, disc_dropout=0.0, batch_size=32, max_length=256, dtype="float32",
-        eval_split=None, eval_every=0,
+        eval_split="out/mini/seed{seed}/test.jsonl", eval_every=32, final_eval=1000,
     ),
     "gemma-2-2b-it": PAPER | dict(
         model="google/gemma-2-2b-it", dataset="trl-lib/ultrafeedback_binarized", lr=5e-7,
@@ -67,6 +69,7 @@ PRESETS = {  # what --preset sets; every flag still overrides it
         dataset="princeton-nlp/llama3-ultrafeedback-armorm",
     ),
 }
+FINAL_TEMPERATURES = 0.0, 0.7, 1.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 # fmt: on
 
@@ -141,13 +144,17 @@ def parse_args(argv):
     add = parser.add_argument_group("running").add_argument
     add("--save_every", type=natural, default=0, help="steps between states, 0: at the end [0]")
     add("--eval_every", type=natural, help="steps between held-out evaluations [50; 0 without any]")
-    add("--final_eval", type=natural, default=0, help="held-out pairs scored at the end [0]")
+    add("--final_eval", type=natural, help="prompts of mini's final table [mini 1000]")
     add("--seed", type=natural, default=0, help="[0]")
     add("--out_dir", help="[the next free out/run-NNN]")
     add("--resume", action="store_true", help="continue from the newest state of --out_dir")
     # fmt: on
-    preset = PRESETS[parser.parse_known_args(argv)[0].preset]
-    derived = ("simpo_beta", "disc_lr_ratio", "eval_split", "eval_every")
+    first = parser.parse_known_args(argv)[0]
+    preset, mini = (
+        {k: v.format(seed=first.seed) if isinstance(v, str) else v for k, v in PRESETS[p].items()}
+        for p in (first.preset, "mini")
+    )
+    derived = ("simpo_beta", "disc_lr_ratio", "eval_split", "eval_every", "final_eval")
     parser.set_defaults(**{k: v for k, v in preset.items() if k not in derived})
     args = parser.parse_args(argv)
     args.ref_model = args.ref_model or args.model
@@ -159,8 +166,12 @@ def parse_args(argv):
         args.eval_split = preset["eval_split"]
     if args.eval_every is None:
         args.eval_every = preset["eval_every"] if args.eval_split else 0
-    if (args.eval_every or args.final_eval) and not args.eval_split:
-        raise InputError("--eval_every and --final_eval need held-out pairs: pass --eval_split")
+    if args.final_eval is None:
+        args.final_eval = preset["final_eval"] if args.dataset == preset["dataset"] else 0
+    if args.eval_every and not args.eval_split:
+        raise InputError("--eval_every needs held-out pairs: pass --eval_split")
+    if args.final_eval and args.dataset != mini["dataset"]:
+        raise InputError("--final_eval is for the miniature's data only: it has an exact judge")
     if args.resume and not args.out_dir:
         raise InputError("--resume needs --out_dir")
     return args
@@ -200,7 +211,7 @@ def check_input(args, world):
     if largest >= min(config.vocab_size, ref_config.vocab_size):
         raise InputError(f"token id {largest} is beyond the model's {config.vocab_size}")
     held_out = None
-    if args.eval_every or args.final_eval:
+    if args.eval_every:
         own_file = Path(args.eval_split).is_file()
         source = (args.eval_split, "train") if own_file else (args.dataset, args.eval_split)
         held_out = load_pairs(*source, tokenizer, args.max_length, print0)
@@ -226,16 +237,7 @@ def claim_out_dir(args) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    decision = [None, None]  # the folder, or why not
-    if dist.get_rank() == 0:
-        try:
-            decision[0] = decide()
-        except (InputError, OSError) as error:
-            decision[1] = f"--out_dir {error}"
-    dist.broadcast_object_list(decision)
-    folder, refusal = decision
-    if refusal:
-        raise InputError(refusal)
+    folder = distributed.from_rank_0(decide, "--out_dir")
     args.out_dir = str(folder)
     return folder
 
@@ -561,8 +563,31 @@ def evaluate(run, triplets):
     }
 
 
+def final_table(run, out_dir):
+    """Reference and trained policy on the miniature's held-out prompts, shared among the ranks."""
+    args, rows = run.args, []
+    prompts = Path(args.dataset).with_name("prompts.jsonl")
+    tasks = miniature.read_tasks(prompts)[: args.final_eval]
+    for temperature in FINAL_TEMPERATURES:
+        verdicts = {}
+        for name, model in (("reference", args.ref_model), ("policy", out_dir / "hf")):
+            mine = miniature.examine(model, tasks[run.rank :: run.world], temperature, args.seed)
+            shares = [None] * run.world
+            dist.all_gather_object(shares, mine)
+            verdicts[name] = [shares[i % run.world][i // run.world] for i in range(len(tasks))]
+        rows += report.compare(temperature, **verdicts)
+    table = report.Table(out_dir / "final.csv", report.FINAL_COLUMNS)
+    for row in rows:
+        table.write(row)
+    print0(report.final_lines(rows))
+
+
 def train(args):
     device = distributed.start()
+    world = miniature.ROOT / f"seed{args.seed}"  # built at first use
+    if world in (Path(args.model).parent, Path(args.dataset).parent) and not world.exists():
+        print0(f"building {world}, once")
+        distributed.from_rank_0(lambda: miniature.build(args.seed), "miniature:")
     tokenizer, config, data, held_out = check_input(args, dist.get_world_size())
     out_dir = claim_out_dir(args)
     run = build(args, config, device)
@@ -596,20 +621,20 @@ def train(args):
         m |= {"tokens": int(m["tokens"]), "peak_gb": report.peak_gb(device)}
         metrics_csv.write(m)
         print0(report.log_line(m, run.max_steps, (now - begin) / (done - start) * (last - done)))
-        pairs = held_out.triplets if args.eval_every and done % args.eval_every == 0 else None
-        if args.final_eval and done == last:
-            pairs = held_out.triplets[: args.final_eval]
-        if pairs:
-            result = {"step": done} | evaluate(run, pairs)
+        if args.eval_every and done % args.eval_every == 0:
+            result = {"step": done} | evaluate(run, held_out.triplets)
             eval_csv.write(result)
             print0("held out: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items()))
         if done == last or args.save_every and done % args.save_every == 0:
             save_state(out_dir, done, *players)
+    print0(f"trained {last - start} steps in {time.perf_counter() - begin:.0f} s")
     export_policy(run.policy, tokenizer, out_dir / "hf")
     if run.critics:
         save_discriminators(
             out_dir / "discriminators.pt", run.critics, critic_settings(args, config)
         )
+    if args.final_eval:
+        final_table(run, out_dir)
     print0(f"wrote {out_dir}")
     distributed.stop()
 

@@ -1,0 +1,164 @@
+"""Batched sampling from a causal LM, reproducible per prompt.
+
+    python generate.py out/run-000/hf "Reverse the word moki." --temperature 0.7
+
+    answers = generate(lm, ChatEncoder(tokenizer), conversations, temperature=0.7, seed=0)
+    answers[0].text
+
+The randomness of an answer is one uniform number per position, drawn from (seed, prompt, sample)
+alone, so batch size, batch mates and order do not change it: in fp32 on a CPU only a near tie that
+the last bits of the logits decide can come out differently, less than once in a million tokens.
+Two models, or two temperatures, meet the same randomness, which makes their comparison sharper.
+"""
+
+import argparse
+import hashlib
+import sys
+import time
+from datetime import timedelta
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from data import ChatEncoder, InputError
+
+COMPACT_BELOW = 0.75  # share of rows still writing at which the others leave the batch
+
+
+class Answer(NamedTuple):
+    text: str
+    tokens: int  # with the end of turn, if it came
+    ended: bool  # False: cut off at max_new_tokens
+
+
+def uniforms(seed: int, prompt: list[int], sample: int, n: int) -> np.ndarray:
+    """(n,) numbers in [0, 1), one per position of one answer."""
+    digest = hashlib.sha256(repr((seed, sample, prompt)).encode()).digest()
+    key = int.from_bytes(digest[:16], "little")
+    return np.random.Generator(np.random.Philox(key=key)).random(n)
+
+
+def pick(logits: Tensor, temperature: float, u: Tensor) -> Tensor:
+    """logits (B, V), u (B,) in [0, 1) -> tokens (B,): the first whose cumulated probability exceeds
+    u; at temperature 0 the most probable."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    u = u[:, None] * cdf[:, -1:]  # the sum is 1 but for rounding
+    return torch.searchsorted(cdf, u, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+
+
+@torch.inference_mode()
+def generate(
+    lm,
+    encoder: ChatEncoder,
+    conversations: list[list[dict]],
+    *,
+    temperature: float,
+    seed: int,
+    max_new_tokens: int = 512,
+    samples: int = 1,
+    batch_size: int = 128,
+    log=None,
+) -> list[Answer]:
+    """Answers of a Hugging Face causal LM to conversations that end with a user's turn, prompt by
+    prompt, `samples` for each. log(line) hears of the progress every few seconds. InputError if an
+    answer could run past the model's positions."""
+    prompts = [encoder.prompt_ids(messages) for messages in conversations]
+    longest, positions = max(map(len, prompts), default=0), lm.config.max_position_embeddings
+    if longest + max_new_tokens > positions:
+        raise InputError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's"
+            f" {positions} positions"
+        )
+    stop = lm.generation_config.eos_token_id
+    stop = {encoder.end_of_turn, *(stop if isinstance(stop, list) else [stop])} - {None}
+    # of one length as far as possible; the longest first, so that what does not fit fails at once
+    jobs = [(p, s) for p in range(len(prompts)) for s in range(samples)]
+    jobs.sort(key=lambda job: -len(prompts[job[0]]))
+    written, begin = {}, time.perf_counter()
+    said, n_tokens = begin, 0
+    for first in range(0, len(jobs), batch_size):
+        batch = jobs[first : first + batch_size]
+        u = np.stack([uniforms(seed, prompts[p], s, max_new_tokens) for p, s in batch])
+        u = torch.from_numpy(u).to(lm.device)
+        texts = write_batch(lm, [prompts[p] for p, _ in batch], stop, temperature, u)
+        written |= zip(batch, texts, strict=True)
+        n_tokens, now = n_tokens + sum(map(len, texts)), time.perf_counter()
+        if log and (now - said > 5 or len(written) == len(jobs)):
+            left = timedelta(seconds=int((now - begin) * (len(jobs) / len(written) - 1)))
+            speed = f"{n_tokens / (now - begin):,.0f} tok/s, {left} left"
+            log(f"generated {len(written):,} of {len(jobs):,} answers, {speed}")
+            said = now
+    answers = []
+    for _, ids in sorted(written.items()):
+        ended = ids[-1] in stop
+        text = encoder.tokenizer.decode(ids[:-1] if ended else ids)
+        answers.append(Answer(text, len(ids), ended))
+    return answers
+
+
+def write_batch(lm, prompts, stop, temperature, u) -> list[list[int]]:
+    """Token ids of one answer to each prompt, up to and with the first of `stop`, at most
+    u.shape[1] of them. Prompts are padded on the left, so that all rows write at the right edge of
+    one cache; rows that have ended leave it."""
+    width, device = max(map(len, prompts)), lm.device
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
+    position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
+    cache = DynamicCache(config=lm.config)
+    answers, rows = [[] for _ in prompts], list(range(len(prompts)))  # rows: whose are in the cache
+    for position in range(u.shape[1]):
+        out = lm(
+            ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        token = pick(out.logits[:, -1].float(), temperature, u[:, position])
+        for row, t in zip(rows, token.tolist(), strict=True):
+            if not answers[row] or answers[row][-1] not in stop:
+                answers[row].append(t)
+        writing = [i for i, row in enumerate(rows) if answers[row][-1] not in stop]
+        if not writing:
+            break
+        mask = F.pad(mask, (0, 1), value=1)
+        position_ids = position_ids[:, -1:] + 1
+        if len(writing) < COMPACT_BELOW * len(rows):
+            rows, keep = [rows[i] for i in writing], torch.tensor(writing, device=device)
+            cache.batch_select_indices(keep)
+            token, mask, position_ids, u = (x[keep] for x in (token, mask, position_ids, u))
+        ids = token[:, None]
+    return answers
+
+
+def main():
+    parser = argparse.ArgumentParser("generate.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", help="a Hugging Face folder or Hub id")
+    parser.add_argument("prompts", nargs="+")
+    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        encoder = ChatEncoder(AutoTokenizer.from_pretrained(args.model))
+        lm = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").to(device)
+        settings = {k: getattr(args, k) for k in ("temperature", "max_new_tokens", "seed")}
+        chats = [[{"role": "user", "content": prompt}] for prompt in args.prompts]
+        answers = generate(lm, encoder, chats, **settings)
+    except (InputError, OSError) as error:
+        sys.exit(f"generate.py: {error}")
+    for prompt, answer in zip(args.prompts, answers, strict=True):
+        print(f"{prompt}\n    {answer.text}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,491 @@
+"""The paper in miniature: a small world with an exact judge, on which everything runs in minutes.
+
+    python miniature.py [--seed K]         # builds out/mini/seedK, two minutes, once
+    python miniature.py show [--seed K]    # ten prompts, a chosen and a rejected answer each
+
+Eleven families of short instructions, three of them open-ended. Who is who:
+    solver        always right
+    demonstrator  60 % right, 20 % right but chatty, 20 % wrong
+    reference     a Llama of 0.5 million parameters fitted to the demonstrator; writes bytes
+    annotator     compares answers by their gold score, with noise and a mild taste for length
+    judge         exact: strict (every check passed) and gold (half strict, half partial credit)
+
+The folder holds model/ (Hugging Face), demos.jsonl (what the reference was fitted to), train.jsonl
+and test.jsonl (the annotator's pairs, mostly of the reference's own answers), prompts.jsonl (held
+out, as is test.jsonl) and world.json (settings, written last).
+"""
+
+import argparse
+import fcntl
+import json
+import math
+import random
+import shutil
+import sys
+import time
+from datetime import timedelta
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from data import ChatEncoder, InputError
+from generate import generate
+
+ROOT = Path("out/mini")
+SIZES = dict(  # seconds on two cores: see README
+    prompts=1000, train_prompts=2048, train_pairs=3072, test_prompts=256, sft_steps=1600,
+)  # fmt: skip
+BATCH, SAMPLES, MAX_NEW_TOKENS = 16, 4, 64
+
+# ---------------------------------------------------------------------- the tasks
+
+WORDS = {
+    "animals": "cat dog fox hen cow pig bear wolf goat lion",
+    "fruits": "apple pear plum fig lemon mango grape peach melon cherry",
+    "colors": "red blue green pink gray brown white black gold purple",
+    "tools": "saw axe hammer drill rake knife brush rope nail file",
+    "trees": "oak elm ash pine birch maple cedar palm willow beech",
+    "clothes": "hat coat shoe sock shirt glove scarf boot belt dress",
+    "metals": "iron tin zinc lead steel brass bronze copper silver nickel",
+    "places": "river hill lake road farm city beach forest tower bridge",
+}
+WORDS = {category: words.split() for category, words in WORDS.items()}
+NOUNS = [word for words in WORDS.values() for word in words]
+ADJECTIVES = "old cold deep dark wide calm loud soft warm tiny huge quiet".split()
+VERBS = "saw found liked lost drew passed".split()
+KNOWN = {*NOUNS, *ADJECTIVES, *VERBS, "the", "i", "we"}
+
+
+class Task(NamedTuple):
+    family: str
+    prompt: str
+    solution: str  # the answer, or one of many where there are args
+    args: list = []  # what the judge of an open-ended family has to know
+
+
+def invented(rng):
+    """A word of four to six letters that no list holds."""
+    letters = ("bdfgklmnprstvz", "aeiou")
+    return "".join(rng.choice(letters[i % 2]) for i in range(rng.randint(4, 6)))
+
+
+def repeat(rng):
+    word, n = invented(rng), rng.randint(2, 4)
+    return f"Write the word {word} {n} times.", " ".join([word] * n)
+
+
+def reverse(rng):
+    word = invented(rng)
+    return f"Reverse the word {word}.", word[::-1]
+
+
+def upper(rng):
+    words = f"{invented(rng)} {rng.choice(NOUNS)}"
+    return f"Put {words} in capitals.", words.upper()
+
+
+def spell(rng):
+    word = invented(rng)
+    return f"Spell the word {word} with dashes.", "-".join(word)
+
+
+def sort(rng):
+    letters = rng.sample("abcdefghijklmnopqrstuvwxyz", rng.randint(3, 4))
+    return f"Sort these letters: {' '.join(letters)}", " ".join(sorted(letters))
+
+
+def initials(rng):
+    words = rng.sample(NOUNS + ADJECTIVES, rng.randint(3, 5))
+    return f"Give the initials of: {' '.join(words)}", "".join(w[0].upper() + "." for w in words)
+
+
+def choose(rng):
+    words, n = rng.sample(NOUNS, 4), rng.randrange(4)
+    ordinal = ("first", "second", "third", "last")[n]
+    return f"What is the {ordinal} word of: {' '.join(words)}", words[n]
+
+
+def count(rng):
+    start = rng.randint(1, 50)
+    numbers = [str(start + i) for i in range(rng.randint(3, 6))]
+    if rng.random() < 0.5:
+        return f"Count from {numbers[0]} to {numbers[-1]}.", " ".join(numbers)
+    return f"Count down from {numbers[-1]} to {numbers[0]}.", " ".join(numbers[::-1])
+
+
+def name(rng):
+    category, n = rng.choice(list(WORDS)), rng.randint(1, 4)
+    but, *words = rng.sample(WORDS[category], n + 1)
+    return f"Name {n} {category}, but not {but}.", ", ".join(words), [category, n, but]
+
+
+def describe(rng):
+    noun, n = rng.choice(NOUNS), rng.randint(2, 5)
+    return f"Describe the {noun} in {n} words.", ", ".join(rng.sample(ADJECTIVES, n)), [n]
+
+
+def end(rng):
+    n, last = rng.randint(4, 7), rng.choice(NOUNS)
+    subject = [rng.choice(["I", "We"])] if n == 4 else ["The", rng.choice(NOUNS)]
+    subject[1:1] = rng.sample(ADJECTIVES, n >= 6)
+    words = [*subject, rng.choice(VERBS), "the", *rng.sample(ADJECTIVES, n == 7), last]
+    return f"Write {n} words that end with {last}.", " ".join(words) + ".", [n, last]
+
+
+CLOSED = [repeat, reverse, upper, spell, sort, initials, choose, count]
+FAMILIES = {
+    f.__name__: f for f in (*CLOSED, name, describe, end)
+}  # rng -> prompt, solution[, args]
+
+
+def draw_task(rng) -> Task:
+    family = rng.choice(list(FAMILIES))
+    return Task(family, *FAMILIES[family](rng))
+
+
+def draw_tasks(rng, n, avoid=(), distinct=False) -> list[Task]:
+    """n tasks whose prompts are not in `avoid`."""
+    tasks, seen = [], set(avoid)
+    while len(tasks) < n:
+        task = draw_task(rng)
+        if task.prompt not in seen:
+            tasks.append(task)
+            if distinct:
+                seen.add(task.prompt)
+    return tasks
+
+
+# ---------------------------------------------------------------------- who judges and who writes
+
+
+class Verdict(NamedTuple):
+    strict: float  # 1 if every check is passed, else 0
+    gold: float  # (strict + partial) / 2, in [0, 1]
+
+
+def judge(task: Task, answer: str) -> Verdict:
+    checks = OPEN[task.family] if task.family in OPEN else closeness
+    parts = checks(answer.strip(), *(task.args or [task.solution]))
+    strict = float(all(part == 1 for part in parts))
+    return Verdict(strict, (strict + sum(parts) / len(parts)) / 2)
+
+
+# Each returns its checks, from 0 to 1
+
+
+def closeness(answer, solution):
+    return [SequenceMatcher(None, answer, solution, autojunk=False).ratio()]
+
+
+def check_name(answer, category, n, but):
+    items = answer.split(", ")
+    right = {*items} & {*WORDS[category]} - {but}
+    return [near(len(items), n), len(right) / len(items)]  # a repetition is not right
+
+
+def check_describe(answer, n):
+    items = answer.split(", ")
+    return [near(len(items), n), len({*items} & {*ADJECTIVES}) / len(items)]
+
+
+def check_end(answer, n, last):
+    words = answer.removesuffix(".").split(" ")
+    known = sum(word.lower() in KNOWN for word in words) / len(words)
+    sentence = answer[:1].isupper() and answer.endswith(".")
+    return [near(len(words), n), known, float(words[-1] == last), float(sentence)]
+
+
+def near(n, target):
+    return max(0.0, 1 - abs(n - target) / target)
+
+
+OPEN = {"name": check_name, "describe": check_describe, "end": check_end}
+
+
+def demonstrate(rng, solution) -> str:
+    kind = rng.random()
+    if kind < 0.6:
+        return solution
+    if kind < 0.8:
+        chatter = ("Sure! {}", "Of course: {}", "{} Hope this helps!", "{} Anything else?")
+        return rng.choice(chatter).format(solution)
+    wrong = solution
+    while wrong == solution:
+        wrong = rng.choice(MISTAKES)(rng, solution)
+    return wrong
+
+
+def off_by_one(rng, text):
+    """One item, or else one character, missing or twice."""
+    separator = next((s for s in (", ", " ", "-") if s in text), "")
+    items = text.split(separator) if separator else list(text)
+    i = rng.randrange(len(items))
+    items[i : i + 1] = [items[i]] * rng.choice([0, 2])
+    return separator.join(items)
+
+
+def typo(rng, text):
+    i = rng.randrange(len(text))
+    return text[:i] + rng.choice("abcdefghijklmnopqrstuvwxyz") + text[i + 1 :]
+
+
+def other_case(rng, text):
+    return text.swapcase()
+
+
+def other_separator(rng, text):
+    found = next((s for s in (", ", "-", " ") if s in text), None)
+    return text.replace(found, rng.choice([" ", ", ", "-"])) if found else text
+
+
+MISTAKES = (off_by_one, typo, other_case, other_separator)
+
+
+def annotate(rng, gold: float, answer: str) -> float:
+    """What the annotator gives for an answer: an opinion, drawn anew each time."""
+    return gold + 0.02 * len(answer) + rng.gauss(0, 0.15)
+
+
+# ---------------------------------------------------------------------- the reference
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and a chat template."""
+    special = ["<|pad|>", "<|bos|>", "<|end|>", "<|user|>", "<|assistant|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(special + alphabet)}
+    backend = Tokenizer(models.BPE(vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=special[0],
+        bos_token=special[1],
+        eos_token=special[2],
+        additional_special_tokens=special[3:],
+    )
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    return tokenizer
+
+
+def build_model(tokenizer, seed) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0},  # texts are short
+            initializer_range=0.06,  # 0.02, for wider models, costs half a nat
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def chat(prompt):
+    return [{"role": "user", "content": prompt}]
+
+
+def fit(model, encoder, demos, rng, log):
+    """One epoch of supervised fine-tuning on the demonstrations' answers."""
+    pairs = []
+    for demo in demos:
+        messages = chat(demo["prompt"])
+        ids = encoder.answer_ids(messages, demo["response"])
+        pairs.append((ids, len(encoder.prompt_ids(messages))))
+    batches = []
+    for i in range(0, len(pairs), 20 * BATCH):  # of one length as far as possible
+        near_pairs = sorted(pairs[i : i + 20 * BATCH], key=lambda pair: len(pair[0]))
+        bucket = [near_pairs[j : j + BATCH] for j in range(0, len(near_pairs), BATCH)]
+        rng.shuffle(bucket)
+        batches += bucket
+    # Muon for the matrices: with AdamW alone the loss is 0.3 nats higher at equal time
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    muon = torch.optim.Muon(matrices, 0.015, weight_decay=0.0)
+    adam = torch.optim.AdamW(others, 6e-3, (0.9, 0.99), weight_decay=0.0, fused=True)
+    peaks, average, begin = {muon: 0.015, adam: 6e-3}, None, time.perf_counter()
+    for step, batch in enumerate(batches):
+        width = max(len(ids) for ids, _ in batch)
+        ids = torch.zeros(len(batch), width, dtype=torch.long)
+        scored = torch.zeros(len(batch), width, dtype=torch.bool)
+        for row, (text, prompt) in enumerate(batch):
+            ids[row, : len(text)] = torch.tensor(text)
+            scored[row, prompt : len(text)] = True
+        # padded on the right, which a causal model does not see
+        h = model.model(ids, use_cache=False).last_hidden_state[:, :-1][scored[:, 1:]]
+        loss = F.cross_entropy(model.lm_head(h), ids[scored])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        factor = min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / len(batches))) / 2
+        for optimizer, peak in peaks.items():
+            optimizer.param_groups[0]["lr"] = peak * factor
+            optimizer.step()
+            optimizer.zero_grad()
+        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
+        done, now = step + 1, time.perf_counter()
+        if done % 200 == 0 or done == len(batches):
+            left = timedelta(seconds=int((now - begin) / done * (len(batches) - done)))
+            log(f"reference: step {done:>4}/{len(batches)}, loss {average:.3f}, {left} left")
+
+
+# ---------------------------------------------------------------------- the world
+
+
+def draw_pairs(model, encoder, tasks, per_prompt, rng, seed, log) -> list[dict]:
+    """The annotator's choice among the reference's answers at temperature 0.9 and a demonstration:
+    the best by one drawing of its opinions, against another at random."""
+    conversations = [chat(task.prompt) for task in tasks]
+    answers = generate(
+        model,
+        encoder,
+        conversations,
+        temperature=0.9,
+        seed=seed,
+        max_new_tokens=MAX_NEW_TOKENS,
+        samples=SAMPLES,
+        log=log,
+    )
+    rows = []
+    for i, task in enumerate(tasks):
+        texts = [a.text for a in answers[i * SAMPLES : (i + 1) * SAMPLES]]
+        texts = list(dict.fromkeys([*texts, demonstrate(rng, task.solution)]))
+        texts = [text for text in texts if text.strip()]
+        gold = {text: judge(task, text).gold for text in texts}
+        for _ in range(per_prompt):
+            opinions = {text: annotate(rng, gold[text], text) for text in texts}
+            chosen = max(opinions, key=opinions.get)
+            others = [text for text in texts if text.strip() != chosen.strip()]
+            if others:
+                rejected = rng.choice(others)
+                row = {"prompt": task.prompt, "chosen": chosen, "rejected": rejected}
+                row |= {"score_chosen": opinions[chosen], "score_rejected": opinions[rejected]}
+                row |= {"gold_chosen": gold[chosen], "gold_rejected": gold[rejected]}
+                rows.append(row | {"family": task.family})
+    return rows
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_tasks(path) -> list[Task]:
+    return [Task(**json.loads(line)) for line in Path(path).read_text().splitlines()]
+
+
+def build(seed: int, root=ROOT, log=print, sizes=SIZES) -> Path:
+    """Builds root/seedK unless it is there -> the folder. It appears whole or not at all."""
+    root, settings = Path(root), {"seed": seed} | sizes
+    folder, unfinished = root / f"seed{seed}", root / f".seed{seed}.unfinished"
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / f".seed{seed}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one builder; another waits, and finds the world built
+        if folder.exists():
+            if json.loads((folder / "world.json").read_text()) != settings:
+                raise InputError(f"{folder} was built with other settings: remove it")
+            return folder
+        begin, threads = time.perf_counter(), torch.get_num_threads()
+        shutil.rmtree(unfinished, ignore_errors=True)  # what a killed build has left
+        unfinished.mkdir()
+        torch.set_num_threads(2)  # sums depend on it: everybody's world shall be the same
+        try:
+            with torch.random.fork_rng(devices=[]):
+                write_world(unfinished, settings, log)
+            unfinished.rename(folder)
+        finally:
+            torch.set_num_threads(threads)
+            shutil.rmtree(unfinished, ignore_errors=True)
+    log(f"built {folder} in {time.perf_counter() - begin:.0f} s")
+    return folder
+
+
+def write_world(folder, settings, log):
+    seed, n_test = settings["seed"], settings["test_prompts"]
+    rng = random.Random(seed)
+    held_out = draw_tasks(rng, settings["prompts"] + n_test, distinct=True)
+    write_jsonl(folder / "prompts.jsonl", [task._asdict() for task in held_out[n_test:]])
+    avoid = {task.prompt for task in held_out}
+    tasks = draw_tasks(rng, settings["sft_steps"] * BATCH, avoid)
+    demos = [{"prompt": task.prompt, "response": demonstrate(rng, task.solution)} for task in tasks]
+    write_jsonl(folder / "demos.jsonl", demos)
+    tokenizer = build_tokenizer()
+    encoder, model = ChatEncoder(tokenizer), build_model(tokenizer, seed)
+    fit(model, encoder, demos, rng, log)
+    model.eval().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    tasks = draw_tasks(rng, settings["train_prompts"], avoid, distinct=True)
+    rows = draw_pairs(model, encoder, tasks, 2, rng, seed, log)
+    rng.shuffle(rows)
+    write_jsonl(folder / "train.jsonl", rows[: settings["train_pairs"]])
+    rows = draw_pairs(model, encoder, held_out[:n_test], 1, rng, seed, log)
+    write_jsonl(folder / "test.jsonl", rows)
+    (folder / "world.json").write_text(json.dumps(settings) + "\n")
+
+
+# ---------------------------------------------------------------------- its examination
+
+
+def examine(model: str, tasks: list[Task], temperature: float, seed: int) -> list[Verdict]:
+    """Answers of a Hugging Face folder to the tasks, judged."""
+    encoder = ChatEncoder(AutoTokenizer.from_pretrained(model))
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    answers = generate(
+        lm,
+        encoder,
+        [chat(task.prompt) for task in tasks],
+        temperature=temperature,
+        seed=seed,
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+    return [judge(task, answer.text) for task, answer in zip(tasks, answers, strict=True)]
+
+
+def show(folder):
+    """A pair of each of ten families."""
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    first = {row["family"]: row for row in reversed(rows)}
+    for row in [first[family] for family in FAMILIES if family in first][:10]:
+        print(row["prompt"])
+        for side in ("chosen", "rejected"):
+            scores = f"gold {row[f'gold_{side}']:.2f}, annotator {row[f'score_{side}']:.2f}"
+            print(f"    {side:<9}{row[side]!r:<44} {scores}")
+
+
+def main():
+    parser = argparse.ArgumentParser("miniature.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("action", nargs="?", choices=["build", "show"], default="build")
+    parser.add_argument("--seed", type=int, default=0, help="another world [0]")
+    args = parser.parse_args()
+    try:
+        folder = build(args.seed)
+    except (InputError, OSError) as error:
+        sys.exit(f"miniature.py: {error}")
+    if args.action == "show":
+        show(folder)
+    else:
+        print(folder)
+
+
+if __name__ == "__main__":
+    main()
