@@ -149,6 +149,11 @@ def is_local(name: str) -> bool:
     return name.count("/") > 1 or name.startswith(("/", ".", "~"))
 
 
+def check_model_name(name: str):
+    if is_local(name) and not Path(name).is_dir():
+        raise InputError(f"--model {name}: no such folder")
+
+
 def first_line(error: BaseException) -> str:
     error = error.__cause__ or error
     return (str(error).splitlines() or [type(error).__name__])[0]

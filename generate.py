@@ -1,6 +1,6 @@
 """Batched sampling from a causal LM, reproducible per prompt.
 
-    python generate.py out/run-000/hf "Reverse the word moki." --temperature 0.7
+    python generate.py --model out/run-000/hf "Reverse the word moki." --temperature 0.7
 
     answers = generate(lm, ChatEncoder(tokenizer), conversations, temperature=0.7, seed=0)
     answers[0].text
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from data import ChatEncoder, InputError
+from data import ChatEncoder, InputError, check_model_name, first_line
 
 COMPACT_BELOW = 0.75  # share of rows still writing at which the others leave the batch
 
@@ -141,21 +141,22 @@ def write_batch(lm, prompts, stop, temperature, u) -> list[list[int]]:
 
 def main():
     parser = argparse.ArgumentParser("generate.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", help="a Hugging Face folder or Hub id")
+    parser.add_argument("--model", required=True, help="a Hugging Face folder or Hub id")
     parser.add_argument("prompts", nargs="+")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    chats = [[{"role": "user", "content": prompt}] for prompt in args.prompts]
+    settings = {k: getattr(args, k) for k in ("temperature", "max_new_tokens", "seed")}
     try:
+        check_model_name(args.model)
         encoder = ChatEncoder(AutoTokenizer.from_pretrained(args.model))
         lm = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").to(device)
-        settings = {k: getattr(args, k) for k in ("temperature", "max_new_tokens", "seed")}
-        chats = [[{"role": "user", "content": prompt}] for prompt in args.prompts]
         answers = generate(lm, encoder, chats, **settings)
     except (InputError, OSError) as error:
-        sys.exit(f"generate.py: {error}")
+        sys.exit(f"generate.py: {first_line(error)}")
     for prompt, answer in zip(args.prompts, answers, strict=True):
         print(f"{prompt}\n    {answer.text}")
 

@@ -369,9 +369,9 @@ def draw_pairs(model, encoder, tasks, per_prompt, rng, seed, log) -> list[dict]:
     )
     rows = []
     for i, task in enumerate(tasks):
-        texts = [a.text for a in answers[i * SAMPLES : (i + 1) * SAMPLES]]
-        texts = list(dict.fromkeys([*texts, demonstrate(rng, task.solution)]))
-        texts = [text for text in texts if text.strip()]
+        own = [a.text for a in answers[i * SAMPLES : (i + 1) * SAMPLES] if a.ended]
+        texts = dict.fromkeys([*own, demonstrate(rng, task.solution)])  # each once, in order
+        texts = [t for t in texts if t.strip() and not encoder.special_text.search(t)]
         gold = {text: judge(task, text).gold for text in texts}
         for _ in range(per_prompt):
             opinions = {text: annotate(rng, gold[text], text) for text in texts}
@@ -379,10 +379,9 @@ def draw_pairs(model, encoder, tasks, per_prompt, rng, seed, log) -> list[dict]:
             others = [text for text in texts if text.strip() != chosen.strip()]
             if others:
                 rejected = rng.choice(others)
-                row = {"prompt": task.prompt, "chosen": chosen, "rejected": rejected}
+                row = task._asdict() | {"chosen": chosen, "rejected": rejected}
                 row |= {"score_chosen": opinions[chosen], "score_rejected": opinions[rejected]}
-                row |= {"gold_chosen": gold[chosen], "gold_rejected": gold[rejected]}
-                rows.append(row | {"family": task.family})
+                rows.append(row | {"gold_chosen": gold[chosen], "gold_rejected": gold[rejected]})
     return rows
 
 

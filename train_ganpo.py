@@ -30,7 +30,7 @@ import distributed
 import miniature
 import report
 from checkpoint import export_policy, latest_step, load_state, save_discriminators, save_state
-from data import InputError, batch_indices, first_line, is_local, load_pairs, pack
+from data import InputError, batch_indices, check_model_name, first_line, load_pairs, pack
 from discriminator import build_discriminator
 from distributed import all_ranks, print0
 from losses import (
@@ -185,8 +185,7 @@ def check_input(args, world):
     if args.batch_size % world:
         raise InputError(f"--batch_size {args.batch_size} is not divisible by {world} ranks")
     for name in (args.model, args.ref_model):
-        if is_local(name) and not Path(name).is_dir():
-            raise InputError(f"--model {name}: no such folder")
+        check_model_name(name)
     try:
         config, ref_config = (AutoConfig.from_pretrained(m) for m in (args.model, args.ref_model))
         tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -587,7 +586,7 @@ def train(args):
     world = miniature.ROOT / f"seed{args.seed}"  # built at first use
     if world in (Path(args.model).parent, Path(args.dataset).parent) and not world.exists():
         print0(f"building {world}, once")
-        distributed.from_rank_0(lambda: miniature.build(args.seed), "miniature:")
+        distributed.from_rank_0(lambda: miniature.build(args.seed, log=print0), "miniature:")
     tokenizer, config, data, held_out = check_input(args, dist.get_world_size())
     out_dir = claim_out_dir(args)
     run = build(args, config, device)
