@@ -4,7 +4,9 @@ The same path for `python train_ganpo.py` and `torchrun`, one process and many, 
 of one is a world.
 """
 
+import math
 import os
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from data import InputError
 
 
+def cores() -> int:
+    """The cores that this process may use; a container's share can be less than it sees."""
+    visible = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except OSError:  # no such limit here
+        return visible
+    return visible if quota == "max" else min(visible, math.ceil(int(quota) / int(period)))
+
+
 def start() -> torch.device:
     """Joins torchrun's rendezvous, or without torchrun a world of one that needs no port ->
     device."""
@@ -22,8 +34,7 @@ def start() -> torch.device:
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     else:  # torchrun would leave one thread to each of several processes
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, cores))
+        torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")

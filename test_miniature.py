@@ -52,7 +52,7 @@ ANSWERS = {  # family: prompt, args or solution, right answers, nearly right one
              ["a d k", "a d k z.", "a d d k z"], ["", "Q", "hm?"]),
     "initials": ("Give the initials of: old red tin", "O.R.T.", ["O.R.T."],
                  ["O.R.T", "O.R.", "O. R. T."], ["ort", "", "xyz"]),
-    "choose": ("What is the second word of: oak hen tin axe", "hen", ["hen"],
+    "choose": ("What is the second word of: oak hen tin", "hen", ["hen"],
                ["he", "hens", "hhen"], ["oak", "", "tulip"]),
     "count": ("Count down from 9 to 6.", "9 8 7 6", ["9 8 7 6"],
               ["9 8 7", "9 8 7 6 5", "9, 8, 7, 6"], ["", "ten", "5"]),
@@ -113,7 +113,7 @@ def count_to(a, b):
 
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
-ORDINALS = {"first": 0, "second": 1, "third": 2, "last": -1}
+ORDINALS = {"first": 0, "second": 1, "last": -1}
 SOLVE = {  # from the prompt alone, by another way
     r"Write the word (\w+) (\d) times.": lambda w, n: (f"{w} " * int(n)).strip(),
     r"Reverse the word (\w+).": lambda w: "".join(reversed(w)),
@@ -149,7 +149,7 @@ def test_demonstrator_is_right_chatty_and_wrong_in_the_designed_shares():
     chatty = sum(
         task.solution in text and len(text) >= len(task.solution) + 6 for task, text in said
     )
-    assert abs(right - 0.6) < 0.02 and abs(chatty / 6000 - 0.2) < 0.02
+    assert abs(right - 0.5) < 0.02 and abs(chatty / 6000 - 0.3) < 0.02
     wrong = [judge(t, x).strict for t, x in said if t.solution not in x]
     assert len(wrong) > 1000 and sum(wrong) <= 0.01 * len(wrong)
 

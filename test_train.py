@@ -14,6 +14,7 @@ import os
 import random
 import re
 import socket
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -24,11 +25,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import distributed
 import losses
+import report
 import train_ganpo
 from checkpoint import load_discriminators
 from data import Triplet, batch_indices, load_pairs, pack
 from discriminator import build_discriminator
+from miniature import Verdict
 from policy import PackedLM, load_lm
 from test_data import tiny
 
@@ -663,15 +667,29 @@ def test_config_json_has_settings_versions_and_fingerprint(tiny_world, tmp_path)
 
 
 def test_eval_csv_is_the_exact_mean_however_it_is_cut(tiny_world, tmp_path):
-    more = (f"--eval_split={tiny_world / 'test.jsonl'}", "--eval_every=2", "--final_eval=7")
+    more = (f"--eval_split={tiny_world / 'test.jsonl'}", "--eval_every=2")
     results = []
     for name, size, ranks in (("a", 8, 1), ("b", 2, 1), ("c", 3, 2)):
         run(tiny_world, tmp_path / name, *more, f"--micro_batch_size={size}", ranks=ranks)
         results.append(rows_of(tmp_path / name / "eval.csv"))
-    assert [(r["step"], r["pairs"]) for r in results[0]] == [(2, 11), (3, 7)]
+    assert [(r["step"], r["pairs"]) for r in results[0]] == [(2, 11)]
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             close(a, b, 1e-5)
+
+
+def test_final_rows_are_means_with_the_standard_errors_of_paired_differences():
+    reference = [Verdict(0, 0.25), Verdict(1, 1), Verdict(0, 0), Verdict(1, 1)]
+    policy = [Verdict(1, 1), Verdict(1, 1), Verdict(0, 0.25), Verdict(1, 1)]
+    first, second, difference = report.compare(0.7, reference, policy)
+    assert [first[k] for k in ("temperature", "model", "n")] == [0.7, "reference", 4]
+    assert (first["strict_acc"], second["strict_acc"], difference["strict_acc"]) == (50, 75, 25)
+    assert difference["strict_acc_se"] == pytest.approx(statistics.stdev([100, 0, 0, 0]) / 2)
+    assert difference["mean_score"] == 0.25 and second["mean_score"] == 0.8125
+    assert difference["mean_score_se"] == pytest.approx(statistics.stdev([0.75, 0, 0.25, 0]) / 2)
+    *_, line = report.final_lines([first, second, difference]).splitlines()
+    assert re.findall(r"[+-]?[\d.]+", line)[:3] == ["0.7", "50.0", "75.0"]
+    assert "+25.0 +- 25.0" in line and "0.562   0.812  +0.250 +- 0.177" in line
 
 
 def test_the_terminal_shows_what_is_trained_on_and_one_line_a_step(tiny_world, tmp_path, capsys):
@@ -707,8 +725,12 @@ def test_presets_and_derived_defaults():
     assert gemma.eval_split == "test" and gemma.ref_model == "google/gemma-2-2b-it"
     llama = train_ganpo.parse_args(["--preset=llama-3-8b-instruct", "--loss=simpo"])
     assert (llama.beta, llama.gamma_beta_ratio, llama.disc_layers) == (10, 0.3, 4)
-    mini = train_ganpo.parse_args(["--loss=simpo", "--disc_lr=5e-5"])
-    assert (mini.beta, mini.disc_lr, mini.lambda_adv, mini.eval_every) == (2, 5e-5, 0.1, 0)
+    mini = train_ganpo.parse_args(["--loss=simpo", "--disc_lr=5e-5", "--seed=3"])
+    assert (mini.beta, mini.disc_lr, mini.lambda_adv, mini.eval_every) == (2, 5e-5, 0.1, 32)
+    assert mini.model == mini.ref_model == "out/mini/seed3/model" and mini.final_eval == 1000
+    assert mini.eval_split == "out/mini/seed3/test.jsonl" and gemma.final_eval == 0
+    own = train_ganpo.parse_args(["--dataset=mine.jsonl"])
+    assert (own.eval_split, own.eval_every, own.final_eval) == (None, 0, 0)
     own = train_ganpo.parse_args(["--preset=gemma-2-2b-it", "--dataset=mine.jsonl"])
     assert own.eval_split is None and own.eval_every == 0
 
@@ -750,6 +772,7 @@ BAD = [  # flags, and what the one line must say
     (["--max_length=512"], "max_length 512 is beyond the model's 256 positions"),
     (["--chat_template=nowhere.jinja"], "--chat_template: "),
     (["--eval_every=2"], "pass --eval_split"),
+    (["--final_eval=5"], "--final_eval is for the miniature's data only"),
     (["--resume"], "no state to resume from"),
 ]  # fmt: skip
 
@@ -824,6 +847,21 @@ def test_python_and_torchrun_do_the_same(tiny_world, tmp_path):
         load_file(tmp_path / name / "hf" / "model.safetensors") for name in ("python", "torchrun")
     )
     assert furthest(a, b) == 0
+
+
+@pytest.mark.parametrize(
+    "limit, expected", [("max 100000", 8), ("150000 100000", 2), ("50000 100000", 1), (None, 8)]
+)
+def test_threads_follow_the_cores_that_a_container_may_use(limit, expected, monkeypatch):
+    def read(path):
+        assert str(path) == "/sys/fs/cgroup/cpu.max"
+        if limit is None:
+            raise FileNotFoundError
+        return limit + "\n"
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(Path, "read_text", read)
+    assert distributed.cores() == expected
 
 
 def test_a_bad_flag_exits_non_zero_with_one_line():

@@ -1,11 +1,11 @@
 """GANPO (arXiv 2601.22083): preference optimisation with a latent adversarial regulariser,
 Algorithm 1.
 
+    torchrun train_ganpo.py               # or python: the miniature, built at first use
+    python train_ganpo.py --model DIR --dataset pairs.jsonl
     torchrun --nproc_per_node 2 train_ganpo.py --preset gemma-2-2b-it --checkpointing    # App. B
-    torchrun --nproc_per_node 8 train_ganpo.py --preset llama-3-8b-instruct --loss simpo
-    python train_ganpo.py --model DIR --dataset pairs.jsonl       # the same thing with one process
 
-Writes config.json, metrics.csv, eval.csv, discriminators.pt, state/ and hf/ to --out_dir.
+Writes config.json, metrics.csv, eval.csv, final.csv, discriminators.pt, state/ and hf/ in --out_dir.
 The flags are in parse_args, Algorithm 1 is train_step, the loop around it is train.
 Shapes: B pairs, N = 2B sequences, T tokens, H hidden; b pairs in one micro-batch or on one rank.
 """
