@@ -105,7 +105,8 @@ def generate(
 def write_batch(lm, prompts, stop, temperature, u) -> list[list[int]]:
     """Token ids of one answer to each prompt, up to and with the first of `stop`, at most
     u.shape[1] of them. Prompts are padded on the left, so that all rows write at the right edge of
-    one cache; rows that have ended leave it."""
+    one cache; rows that have ended leave it. (Refilling their places at once, continuous batching,
+    was 10 % slower on the miniature, where its own prefills cost more than empty places.)"""
     width, device = max(map(len, prompts)), lm.device
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     lengths = torch.tensor([len(p) for p in prompts], device=device)

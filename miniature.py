@@ -391,27 +391,33 @@ def read_tasks(path) -> list[Task]:
 def build(seed: int, root=ROOT, log=print, sizes=SIZES) -> Path:
     """Builds root/seedK unless it is there -> the folder. It appears whole or not at all."""
     root, settings = Path(root), {"seed": seed} | sizes
-    folder, unfinished = root / f"seed{seed}", root / f".seed{seed}.unfinished"
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / f".seed{seed}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one builder; another waits, and finds the world built
-        if folder.exists():
-            if json.loads((folder / "world.json").read_text()) != settings:
-                raise InputError(f"{folder} was built with other settings: remove it")
-            return folder
-        begin, threads = time.perf_counter(), torch.get_num_threads()
-        shutil.rmtree(unfinished, ignore_errors=True)  # what a killed build has left
-        unfinished.mkdir()
-        torch.set_num_threads(2)  # sums depend on it: everybody's world shall be the same
-        try:
-            with torch.random.fork_rng(devices=[]):
-                write_world(unfinished, settings, log)
-            unfinished.rename(folder)
-        finally:
-            torch.set_num_threads(threads)
-            shutil.rmtree(unfinished, ignore_errors=True)
-    log(f"built {folder} in {time.perf_counter() - begin:.0f} s")
+    folder = root / f"seed{seed}"
+    if not folder.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        with (root / f".seed{seed}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one builder; another waits here
+            if not folder.exists():
+                build_alone(folder, settings, log)
+    if json.loads((folder / "world.json").read_text()) != settings:
+        raise InputError(f"{folder} was built with other settings: remove it")
     return folder
+
+
+def build_alone(folder, settings, log):
+    log(f"building {folder}, once")
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # what a killed build has left
+    unfinished.mkdir()
+    begin, threads = time.perf_counter(), torch.get_num_threads()
+    torch.set_num_threads(2)  # sums may depend on it: everybody's world shall be the same
+    try:
+        with torch.random.fork_rng(devices=[]):
+            write_world(unfinished, settings, log)
+        unfinished.rename(folder)
+    finally:
+        torch.set_num_threads(threads)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    log(f"built {folder} in {time.perf_counter() - begin:.0f} s")
 
 
 def write_world(folder, settings, log):

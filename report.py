@@ -35,7 +35,7 @@ class Table:
         self.file = None
         if dist.get_rank() == 0:
             rows = []
-            if path.exists():
+            if step and path.exists():
                 with path.open() as old:
                     rows = [row for row in csv.DictReader(old) if int(row["step"]) <= step]
             self.file = path.open("w", newline="")

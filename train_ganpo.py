@@ -5,7 +5,7 @@ Algorithm 1.
     python train_ganpo.py --model DIR --dataset pairs.jsonl
     torchrun --nproc_per_node 2 train_ganpo.py --preset gemma-2-2b-it --checkpointing    # App. B
 
-Writes config.json, metrics.csv, eval.csv, final.csv, discriminators.pt, state/ and hf/ in --out_dir.
+Writes config.json, metrics.csv, eval.csv, final.csv, discriminators.pt, state/, hf/ to --out_dir.
 The flags are in parse_args, Algorithm 1 is train_step, the loop around it is train.
 Shapes: B pairs, N = 2B sequences, T tokens, H hidden; b pairs in one micro-batch or on one rank.
 """
@@ -583,9 +583,8 @@ def final_table(run, out_dir):
 
 def train(args):
     device = distributed.start()
-    world = miniature.ROOT / f"seed{args.seed}"  # built at first use
-    if world in (Path(args.model).parent, Path(args.dataset).parent) and not world.exists():
-        print0(f"building {world}, once")
+    world = miniature.ROOT / f"seed{args.seed}"
+    if world in (Path(args.model).parent, Path(args.dataset).parent):  # built at first use
         distributed.from_rank_0(lambda: miniature.build(args.seed, log=print0), "miniature:")
     tokenizer, config, data, held_out = check_input(args, dist.get_world_size())
     out_dir = claim_out_dir(args)
@@ -593,9 +592,7 @@ def train(args):
     run.steps_per_epoch = len(data.triplets) // args.batch_size
     run.max_steps = args.max_steps or run.steps_per_epoch * args.epochs
     last = min(run.max_steps, args.stop_after or run.max_steps)
-    torch.manual_seed(
-        args.seed + 1 + run.rank
-    )  # for the critics' dropout, the only noise from here on
+    torch.manual_seed(args.seed + 1 + run.rank)  # the critics' dropout is the only noise to come
     report.print_header(run, tokenizer, data, held_out)
     players = run.policy, run.optimizer, run.critics, run.critic_optimizer
     start = 0
