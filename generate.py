@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils import logging as transformers_logging
 
 from data import ChatEncoder, InputError, check_model_name, first_line
 
@@ -148,6 +149,7 @@ def main():
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    transformers_logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chats = [[{"role": "user", "content": prompt}] for prompt in args.prompts]
     settings = {k: getattr(args, k) for k in ("temperature", "max_new_tokens", "seed")}
