@@ -1,80 +1,216 @@
-"""What a run leaves behind: the state that --resume continues from, and the exports.
+"""What a run leaves behind: the states that --resume continues from, and the exports.
 
-    OUT_DIR/state/step-000040/   policy, optimisers, critics, each rank's RNG, sharded
+    OUT_DIR/state/step-000040/   policy, optimisers, critics, RNG as sharded safetensors; manifest
     OUT_DIR/hf/                  the policy as a Hugging Face folder, with tokenizer and template
     OUT_DIR/discriminators.pt    both critics with their running means, and how to build them
+
+A state is written under another name, synced and then renamed, and it counts only with its
+manifest, which is written last and has the size and SHA-256 of every file. The state before it goes
+when it is whole. Nothing here is a pickle but discriminators.pt, which is read with weights_only.
 
 Every function that takes a sharded model is collective: all ranks call it.
 """
 
+import hashlib
+import json
+import os
 import shutil
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
+from data import InputError
 from discriminator import build_discriminator
+from distributed import from_rank_0, print0
+
+MANIFEST = "manifest.json"
 
 
-def _state(policy, optimizer, critics, critic_optimizer):
-    """Everything that the next step depends on but the data order, which is a function of the
-    step."""
-    state = {"torch_rng": {str(dist.get_rank()): torch.get_rng_state()}}
+# ---------------------------------------------------------------------- states
+
+
+def state_tensors(policy, optimizer, critics, critic_optimizer) -> dict[str, torch.Tensor]:
+    """Everything that the next step depends on but the data order, which is a function of the step:
+    name -> the very tensor that is in use, so that loading means writing into it. Tied weights are
+    there once; buffers are spectral norm's vectors and the running means with their count."""
+    rank, tensors = dist.get_rank(), {}
+    players = {"policy": (policy, optimizer), "critics": (critics, critic_optimizer)}
+    for player, (module, its_optimizer) in players.items():
+        if module is None:
+            continue
+        for part in module.modules():  # the root's own weights stay whole after a forward alone
+            if isinstance(part, FSDPModule):
+                part.reshard()
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            tensors[f"{player}.{name}"] = tensor.detach()
+            for key, value in its_optimizer.state.get(tensor, {}).items():
+                tensors[f"{player}.{name}.{key}"] = value
+    tensors[f"rng.{rank}"] = torch.get_rng_state()
     if torch.cuda.is_available():
-        state["cuda_rng"] = {str(dist.get_rank()): torch.cuda.get_rng_state()}
-    state["policy"], state["optimizer"] = get_state_dict(policy, optimizer)
-    if critics is not None:  # with buffers: spectral norm's vectors, running means, their count
-        state["critics"], state["critic_optimizer"] = get_state_dict(critics, critic_optimizer)
-    return state
+        tensors[f"cuda_rng.{rank}"] = torch.cuda.get_rng_state()
+    return tensors
 
 
-def save_state(out_dir, step, policy, optimizer, critics, critic_optimizer):
-    """Writes state/step-NNNNNN, `step` being the number of finished steps, and then drops the older
-    ones. The folder takes its name only when it is whole."""
-    folder = Path(out_dir, "state", f"step-{step:06d}")
+def state_folder(out_dir, step) -> Path:
+    return Path(out_dir, "state", f"step-{step:06d}")
+
+
+def state_bytes(policy, optimizer, critics, critic_optimizer) -> int:
+    """Of one state, over all ranks: weights and AdamW's two moments (the rest is small)."""
+    modules = [policy] if critics is None else [policy, critics]
+    return 3 * sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
+
+
+def check_space(out_dir, needed: int):
+    """InputError on every rank if the disk of out_dir has less than that many bytes."""
+
+    def check():
+        free = shutil.disk_usage(out_dir).free
+        if free < needed:
+            raise InputError(f"need {needed / 1e9:.3g} GB, have {free / 1e9:.3g} GB")
+
+    from_rank_0(check, f"{out_dir}: disk space:")
+
+
+def save_state(out_dir, step, keep: int, *players):
+    """Writes state/step-NNNNNN, `step` being the number of finished steps, and then drops all but
+    the `keep` newest. InputError if it cannot be written; the older states are then as they
+    were."""
+    folder = state_folder(out_dir, step)
     unfinished = folder.with_name("unfinished")
-    dcp.save(_state(policy, optimizer, critics, critic_optimizer), checkpoint_id=unfinished)
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-        for older in folder.parent.glob("step-*"):
-            if older != folder:
-                shutil.rmtree(older)
-    dist.barrier()
+    from_rank_0(lambda: clean(folder.parent), "state:")
+    try:
+        check_space(out_dir, state_bytes(*players))
+        writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)  # syncs its files
+        dcp.save(state_tensors(*players), storage_writer=writer)
+        ranks = dist.get_world_size()
+        manifest = {"step": step, "ranks": ranks, "files": hash_files(unfinished)}
+        from_rank_0(lambda: finish(unfinished, folder, manifest, keep), "state:")
+    except (CheckpointException, InputError) as error:
+        from_rank_0(lambda: clean(folder.parent), "state:")
+        reason = f"the state of step {step} could not be written: {cause_of(error)}"
+        raise InputError(f"{reason}; older states are intact") from None
 
 
-def latest_step(out_dir) -> int | None:
-    """The number of finished steps of the newest state under out_dir, None if there is none."""
-    steps = [int(f.name.removeprefix("step-")) for f in Path(out_dir, "state").glob("step-*")]
-    return max(steps, default=None)
+def cause_of(error) -> str:
+    """The first rank's error, in one line."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return str(error).splitlines()[0]
 
 
-def load_state(out_dir, step, policy, optimizer, critics, critic_optimizer):
-    """Puts everything back as save_state found it after `step` steps."""
-    state = _state(policy, optimizer, critics, critic_optimizer)
-    dcp.load(state, checkpoint_id=Path(out_dir, "state", f"step-{step:06d}"))
-    set_state_dict(
-        policy, optimizer, model_state_dict=state["policy"], optim_state_dict=state["optimizer"]
-    )
+def clean(states: Path):
+    """Away with what a killed save has left."""
+    shutil.rmtree(states / "unfinished", ignore_errors=True)
+
+
+def finish(unfinished, folder, manifest, keep):
+    write_synced(unfinished / MANIFEST, json.dumps(manifest, indent=1))
+    sync_folder(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged state of the same step
+    unfinished.rename(folder)
+    sync_folder(folder.parent)
+    states = sorted(folder.parent.glob("step-*"))
+    here = states.index(folder)
+    # newer ones are damaged, or the run would have gone on from them
+    for other in states[: max(0, here + 1 - keep)] + states[here + 1 :]:
+        shutil.rmtree(other)
+
+
+def write_synced(path, text):
+    """The whole text or, whatever happens, what was there before."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with unfinished.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.rename(path)
+
+
+def sync_folder(path):
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def hash_files(folder) -> dict[str, list]:
+    """Name -> size and SHA-256 of every file but the manifest, the work shared among the ranks."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    files = sorted(f for f in Path(folder).iterdir() if f.name != MANIFEST)
+    mine = {f.name: [f.stat().st_size, sha256(f)] for f in files[rank::world]}
+    shares = [None] * world
+    dist.all_gather_object(shares, mine)
+    return {name: entry for share in shares for name, entry in share.items()}
+
+
+def sha256(path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder) -> dict | None:
+    """None where there is none to be read: the state does not count."""
+    try:
+        return json.loads((Path(folder) / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def newest_state(out_dir) -> dict | None:
+    """The manifest of the newest state whose files are all as it says; damaged ones are named and
+    passed over."""
+
+    def candidates():
+        folders = sorted(Path(out_dir, "state").glob("step-*"), reverse=True)
+        return [(f, read_manifest(f)) for f in folders]
+
+    for folder, manifest in from_rank_0(candidates, "state:"):
+        found = hash_files(folder) if manifest else None
+        if manifest and found == manifest["files"]:
+            return manifest
+        damage = "no manifest"
+        if manifest:
+            names = sorted({*found, *manifest["files"]})
+            bad = [n for n in names if found.get(n) != manifest["files"].get(n)]
+            damage = f"missing or changed: {', '.join(bad)}"
+        print0(f"{folder} is damaged ({damage}): trying the state before it")
+    return None
+
+
+def load_state(out_dir, manifest, *players):
+    """Puts everything back as save_state found it. Any number of ranks may have written it; a rank
+    that was not there has no generator state to take up."""
+    policy, optimizer, critics, critic_optimizer = players
+    get_optimizer_state_dict(policy, optimizer)  # for its side effect: the moments, to load into
     if critics is not None:
-        set_state_dict(
-            critics,
-            critic_optimizer,
-            model_state_dict=state["critics"],
-            optim_state_dict=state["critic_optimizer"],
-        )
-    torch.set_rng_state(state["torch_rng"][str(dist.get_rank())])
-    if "cuda_rng" in state:
-        torch.cuda.set_rng_state(state["cuda_rng"][str(dist.get_rank())])
+        get_optimizer_state_dict(critics, critic_optimizer)
+    tensors, rank = state_tensors(*players), dist.get_rank()
+    if rank >= manifest["ranks"]:
+        tensors = {k: v for k, v in tensors.items() if k not in (f"rng.{rank}", f"cuda_rng.{rank}")}
+    folder = state_folder(out_dir, manifest["step"])
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+    if f"rng.{rank}" in tensors:
+        torch.set_rng_state(tensors[f"rng.{rank}"])
+    if f"cuda_rng.{rank}" in tensors:
+        torch.cuda.set_rng_state(tensors[f"cuda_rng.{rank}"])
+
+
+# ---------------------------------------------------------------------- exports
 
 
 def export_policy(policy, tokenizer, folder):
     """The policy as a Hugging Face folder in its own precision: the same logits when loaded
-    again."""
-    weights = {}
+    again. The folder appears whole."""
+    weights, unfinished = {}, folder.with_name(".hf.unfinished")
     for name, value in policy.model.state_dict().items():
         value = value.full_tensor() if hasattr(value, "full_tensor") else value  # collective
         if dist.get_rank() == 0:
@@ -86,8 +222,11 @@ def export_policy(policy, tokenizer, folder):
         if policy.model.config.tie_word_embeddings:  # gathered twice, stored once
             for tied, source in shell.all_tied_weights_keys.items():
                 weights[tied] = weights[source]
-        shell.save_pretrained(folder, state_dict=weights)
-        tokenizer.save_pretrained(folder)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shell.save_pretrained(unfinished, state_dict=weights)
+        tokenizer.save_pretrained(unfinished)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
     dist.barrier()
 
 
@@ -95,7 +234,9 @@ def save_discriminators(path, critics, settings: dict):
     """settings: build_discriminator's arguments. Replicated on all ranks, so rank 0 writes."""
     if dist.get_rank() == 0:
         weights = {name: critic.state_dict() for name, critic in critics.items()}
-        torch.save({"settings": settings, **weights}, path)
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        torch.save({"settings": settings, **weights}, unfinished)
+        unfinished.rename(path)
 
 
 def load_discriminators(path, device="cpu"):

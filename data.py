@@ -417,6 +417,7 @@ class Packed(NamedTuple):
     gather: Tensor  # (2B, L) the positions of each sequence's tokens, prompt and response
     mask: Tensor  # (2B, L) bool, real tokens of gather
     lengths: Tensor  # (2B,) response tokens
+    rows: tuple  # of the pairs, in the source
     real_tokens: int  # 2 * prompt + chosen + rejected, summed: what every tokens/s counts
 
     def to(self, device):
@@ -466,5 +467,6 @@ def pack(triplets: list[Triplet], share_prompt: bool = True) -> Packed:
         gather=long(gather),
         mask=torch.from_numpy(mask),
         lengths=long(lengths),
+        rows=tuple(t.row for t in triplets),
         real_tokens=int(mask.sum()),
     )

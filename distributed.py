@@ -6,6 +6,8 @@ of one is a world.
 
 import math
 import os
+import signal
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -27,17 +29,43 @@ def cores() -> int:
     return visible if quota == "max" else min(visible, math.ceil(int(quota) / int(period)))
 
 
-def start() -> torch.device:
-    """Joins torchrun's rendezvous, or without torchrun a world of one that needs no port ->
-    device."""
+def start(timeout: float) -> torch.device:
+    """Joins torchrun's rendezvous, or without torchrun a world of one that needs no port -> device.
+    A rank that waits for the others longer than timeout seconds ends with an error."""
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     else:  # torchrun would leave one thread to each of several processes
         torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit, **alone)
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+class StopSignals:
+    """SIGTERM and SIGINT within a `with`: the first asks for an orderly end, for which the program
+    polls; the second ends the process at once."""
+
+    def __enter__(self):
+        self.received = False
+        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, frame):
+        self.received = True
+        for s in self.before:
+            signal.signal(s, signal.SIG_DFL)
+
+    def anywhere(self, device) -> bool:
+        """Whether any rank has received one. Collective, so that all ranks decide alike."""
+        flag = torch.tensor(float(self.received), device=device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
 
 
 def stop():

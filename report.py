@@ -7,14 +7,17 @@ update; a column that a setting has no value for stays empty.
 import csv
 import json
 import math
+import os
 import platform
 import resource
 from datetime import timedelta
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from data import InputError
 from distributed import print0
 from losses import LN2
 
@@ -28,26 +31,37 @@ FINAL_COLUMNS = "temperature model n strict_acc strict_acc_se mean_score mean_sc
 
 
 class Table:
-    """A csv file, one row per write; opened again, it keeps the rows up to `step` and goes on from
-    there."""
+    """A csv file, one row per write; opened again after `step` finished steps, it keeps their rows
+    and goes on from there."""
 
     def __init__(self, path, columns, step=0):
-        self.file = None
+        self.file, self.steps = None, set()
         if dist.get_rank() == 0:
             rows = []
             if step and path.exists():
                 with path.open() as old:
-                    rows = [row for row in csv.DictReader(old) if int(row["step"]) <= step]
-            self.file = path.open("w", newline="")
+                    whole = (row for row in csv.DictReader(old) if None not in row.values())
+                    rows = [row for row in whole if int(row["step"]) <= step]
+            self.steps = {int(row["step"]) for row in rows}
+            unfinished = path.with_name(f".{path.name}.unfinished")
+            self.file = unfinished.open("w", newline="")
             self.writer = csv.DictWriter(self.file, columns)
             self.writer.writeheader()
             self.writer.writerows(rows)
+            self.sync()
+            unfinished.rename(path)  # the old rows are never in no file
 
     def write(self, row):
         if self.file:
             short = {k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()}
             self.writer.writerow(short)
             self.file.flush()
+
+    def sync(self):
+        """On the disk before a state says that these steps are done."""
+        if self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
 
 def log_line(m: dict, max_steps: int, seconds_left: float) -> str:
@@ -111,10 +125,17 @@ def is_module(x):
     return isinstance(x, torch.nn.Module)
 
 
-def write_config(path, run, data, held_out):
+FREE = (  # what may change when a run is resumed: its result stays the same
+    "preset dataset split chat_template eval_split eval_every final_eval micro_batch_size"
+    " checkpointing save_every keep timeout stop_after epochs max_steps out_dir resume versions"
+    " device ranks held_out_fingerprint pairs dropped notes steps_per_epoch"
+).split()
+
+
+def config_of(run, data, held_out) -> dict:
     """All settings, versions, the data's fingerprint, and the numbers that follow from them."""
     names = ("torch", "transformers", "datasets", "numpy")
-    config = vars(run.args) | {
+    return vars(run.args) | {
         "versions": {n: version(n) for n in names} | {"python": platform.python_version()},
         "device": str(run.device),
         "ranks": run.world,
@@ -126,8 +147,23 @@ def write_config(path, run, data, held_out):
         "steps_per_epoch": run.steps_per_epoch,
         "total_steps": run.max_steps,
     }
-    if run.rank == 0:
-        path.write_text(json.dumps(config, indent=1) + "\n")
+
+
+def read_config(out_dir) -> dict | None:
+    """What a run wrote to its config.json; None if the folder holds none."""
+    try:
+        config = json.loads((Path(out_dir) / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return config if "data_fingerprint" in config else None  # a model's folder has such a file too
+
+
+def check_same(old: dict, new: dict):
+    """InputError naming every setting by which a resumed run would not continue the old one."""
+    changed = [k for k in sorted({*old, *new} - {*FREE}) if old.get(k) != new.get(k)]
+    if changed:
+        was = "; ".join(f"{k} was {old.get(k)}, is now {new.get(k)}" for k in changed)
+        raise InputError(f"--resume: {was}")
 
 
 def compare(temperature, reference, policy) -> list[dict]:

@@ -228,6 +228,7 @@ def test_pairs_carry_the_judges_and_the_annotators_scores(small):
         assert row["score_chosen"] > row["score_rejected"]
         for side in ("chosen", "rejected"):
             assert row[f"gold_{side}"] == judge(task, row[side]).gold
+            assert len(row[side].encode()) < miniature.MAX_NEW_TOKENS  # it has ended
 
 
 def test_an_interrupted_build_leaves_nothing_and_a_killed_one_nothing_that_counts(

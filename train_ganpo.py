@@ -11,11 +11,16 @@ Shapes: B pairs, N = 2B sequences, T tokens, H hidden; b pairs in one micro-batc
 """
 
 import argparse
+import fcntl
+import json
 import math
 import os
+import shlex
+import shutil
 import sys
 import time
 from collections import defaultdict
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +34,16 @@ from transformers.utils import logging as transformers_logging
 import distributed
 import miniature
 import report
-from checkpoint import export_policy, latest_step, load_state, save_discriminators, save_state
+from checkpoint import (
+    check_space,
+    export_policy,
+    load_state,
+    newest_state,
+    save_discriminators,
+    save_state,
+    state_bytes,
+    write_synced,
+)
 from data import InputError, batch_indices, check_model_name, first_line, load_pairs, pack
 from discriminator import build_discriminator
 from distributed import all_ranks, print0
@@ -143,11 +157,13 @@ def parse_args(argv):
     add("--checkpointing", action="store_true", help="recompute layers in backward [off, ours]")
     add = parser.add_argument_group("running").add_argument
     add("--save_every", type=natural, default=0, help="steps between states, 0: at the end [0]")
+    add("--keep", type=count, default=2, help="newest states that stay [2]")
     add("--eval_every", type=natural, help="steps between held-out evaluations [50; 0 without any]")
     add("--final_eval", type=natural, help="prompts of mini's final table [mini 1000]")
     add("--seed", type=natural, default=0, help="[0]")
     add("--out_dir", help="[the next free out/run-NNN]")
     add("--resume", action="store_true", help="continue from the newest state of --out_dir")
+    add("--timeout", type=positive, default=600, help="seconds to wait for another rank [600]")
     # fmt: on
     first = parser.parse_known_args(argv)[0]
     preset, mini = (
@@ -219,21 +235,26 @@ def check_input(args, world):
     return tokenizer, config, data, held_out
 
 
-def claim_out_dir(args) -> Path:
-    """--out_dir, or the next free out/run-NNN: rank 0 decides. A folder that holds a run needs
-    --resume."""
+def claim_out_dir(args, stack) -> Path:
+    """--out_dir, or the next free out/run-NNN: rank 0 decides, and keeps it for itself until the
+    end. A folder that holds a run needs --resume."""
 
     def decide():
         folder = Path(args.out_dir or "out")
         if not args.out_dir:
-            taken = [int(f.name[4:]) for f in folder.glob("run-*") if f.name[4:].isdigit()]
-            folder = folder / f"run-{max(taken, default=-1) + 1:03d}"
-        holds_run = any((folder / f).exists() for f in ("config.json", "metrics.csv", "state"))
-        if args.resume and latest_step(folder) is None:
-            raise InputError(f"{folder}: no state to resume from")
-        if holds_run and not args.resume:
+            used = [int(f.name[4:]) for f in folder.glob("run-*") if f.name[4:].isdigit()]
+            folder = folder / f"run-{max(used, default=-1) + 1:03d}"
+        if args.resume and report.read_config(folder) is None:
+            raise InputError(f"{folder}: no run to resume")
+        taken = any((folder / f).exists() for f in ("config.json", "metrics.csv", "state"))
+        if taken and not args.resume:
             raise InputError(f"{folder} holds a run: pass --resume, or another --out_dir")
         folder.mkdir(parents=True, exist_ok=True)
+        lock = stack.enter_context((folder / ".lock").open("w"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder} is in use by another process") from None
         return folder
 
     folder = distributed.from_rank_0(decide, "--out_dir")
@@ -395,6 +416,7 @@ def train_step(run, batches, step):
     set_lr(run.optimizer, args.lr * factor)
     share = run.world / args.batch_size  # FSDP2 averages over ranks; the loss is a mean over pairs
     sums, kept = defaultdict(float), []  # over this rank's pairs; what waits for the discriminators
+    per_pair = []  # (rows, values of each), to name the pairs if something is not finite
     if run.critics:
         set_lr(run.critic_optimizer, args.disc_lr * factor)
         run.critics.requires_grad_(True).train()
@@ -406,6 +428,7 @@ def train_step(run, batches, step):
         losses = OPO_LOSSES[args.loss](lp, args)
         sum_pairs(sums, lp, losses, batch, args)
         loss = losses.sum() * share
+        per_pair.append((batch.rows, losses.detach()[None]))
         if run.ref:
             h_theta, h_ref = h[batch.gather], h_ref[batch.gather]  # (2b, L, H)
             with torch.set_grad_enabled(adversarial and args.disc == "mse"):
@@ -415,6 +438,7 @@ def train_step(run, batches, step):
             h.register_hook(add_squares(sums, "adv_grad"))
         if run.critics:  # line 12, on detached latents
             scores = quad_scores(run, h_ref, h_theta.detach(), batch.mask)
+            per_pair.append((batch.rows, scores.detach().flatten(0, 1)))
             kept.append(SimpleNamespace(loss=loss, scores=scores, h=h_theta, mask=batch.mask))
             kept[-1].h_ref = h_ref if args.mean == "batch" else None  # else needed no more
         else:
@@ -440,13 +464,31 @@ def train_step(run, batches, step):
     metrics = reduce_metrics(sums, metrics, args)
     for name, value in metrics.items():  # the same on every rank, and before the policy moves
         if not math.isfinite(value):
-            raise FloatingPointError(f"step {step + 1}: {name} is {value}; the step was not taken")
+            rows = offenders(per_pair)
+            raise FloatingPointError(
+                f"step {step + 1}: {name} is {value}; the step was not taken; rows of the data"
+                f" (from 0): {', '.join(map(str, rows))}"
+            )
     run.optimizer.step()
     run.optimizer.zero_grad()
     metrics["lr"] = args.lr * factor
     if run.critics:
         metrics["disc_lr"] = args.disc_lr * factor
     return metrics
+
+
+def offenders(per_pair) -> list[int]:
+    """The rows, on all ranks, of which some value is not finite; all of the step's if it was only a
+    gradient."""
+    mine = [
+        (row, finite)
+        for rows, values in per_pair
+        for row, finite in zip(rows, values.isfinite().all(0).tolist(), strict=True)
+    ]
+    shares = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, mine)
+    found = [pair for share in shares for pair in share]
+    return sorted({row for row, finite in found if not finite} or {row for row, _ in found})
 
 
 def set_lr(optimizer, lr):
@@ -541,10 +583,13 @@ def micro_batches(run, data, step):
 
 @torch.no_grad()
 def evaluate(run, triplets):
-    """Held-out pairs under --loss -> loss, accuracy, margin, exact means over pairs and ranks."""
+    """Held-out pairs under --loss -> loss, accuracy, margin, exact means over pairs and ranks; None
+    if a signal ends it."""
     size = run.args.micro_batch_size
     totals = torch.zeros(4, dtype=torch.float64, device=run.device)
     for first in range(0, len(triplets), size * run.world):
+        if run.signals.anywhere(run.device):
+            return None
         mine = triplets[first + run.rank * size :][:size]
         # every rank runs as many forwards: one that has no pairs left repeats one, with weight 0
         lp, *_ = two_models(run, pack(mine or triplets[:1]).to(run.device))
@@ -581,34 +626,85 @@ def final_table(run, out_dir):
     print0(report.final_lines(rows))
 
 
-def train(args):
-    device = distributed.start()
+def begin(run, out_dir, data) -> int:
+    """Takes up the newest state, or checks the start -> the number of steps that are done."""
+    args, start = run.args, 0
+    if args.resume:
+        manifest = newest_state(out_dir)
+        if manifest:
+            start = manifest["step"]
+            load_state(out_dir, manifest, *run.players)
+        elif any(Path(out_dir, "state").glob("step-*")):
+            raise InputError(f"{out_dir}: no state is whole; remove its state/ to begin anew")
+        print0(f"resumed after step {start}")
+    if start == 0 and run.ref and args.ref_model == args.model:
+        check_start(run, next(micro_batches(run, data, 0)))
+        print0("checked: policy and reference agree before the first step")
+    elif start == 0:
+        print0("not checked before the first step: no reference, or another model")
+    return start
+
+
+def open_run(run, out_dir, config, start, last) -> bool:
+    """Rank 0 makes the folder ready for the steps to come -> False if nothing is left to do."""
+    args = run.args
+    exports = [out_dir / "hf"] + [out_dir / "final.csv"] * (args.final_eval > 0)
+    if start >= last and all(path.exists() for path in exports):
+        return False
+    if start < last:  # what an earlier end, at --stop_after, has exported
+        shutil.rmtree(out_dir / "hf", ignore_errors=True)
+        for name in ("discriminators.pt", "final.csv"):
+            (out_dir / name).unlink(missing_ok=True)
+    write_synced(out_dir / "config.json", json.dumps(config, indent=1) + "\n")
+    return True
+
+
+def room_needed(run, out_dir) -> int:
+    """Bytes for the states to come, one of them beside the --keep others, and the export."""
+    there = len(list(Path(out_dir, "state").glob("step-*")))
+    export = sum(p.numel() * p.element_size() for p in run.policy.parameters())
+    return max(1, run.args.keep + 1 - there) * state_bytes(*run.players) + export
+
+
+def train(args, argv, stack):
+    device = distributed.start(args.timeout)
     world = miniature.ROOT / f"seed{args.seed}"
     if world in (Path(args.model).parent, Path(args.dataset).parent):  # built at first use
         distributed.from_rank_0(lambda: miniature.build(args.seed, log=print0), "miniature:")
     tokenizer, config, data, held_out = check_input(args, dist.get_world_size())
-    out_dir = claim_out_dir(args)
+    out_dir = claim_out_dir(args, stack)
     run = build(args, config, device)
+    run.signals = stack.enter_context(distributed.StopSignals())
+    run.players = run.policy, run.optimizer, run.critics, run.critic_optimizer
     run.steps_per_epoch = len(data.triplets) // args.batch_size
     run.max_steps = args.max_steps or run.steps_per_epoch * args.epochs
     last = min(run.max_steps, args.stop_after or run.max_steps)
     torch.manual_seed(args.seed + 1 + run.rank)  # the critics' dropout is the only noise to come
     report.print_header(run, tokenizer, data, held_out)
-    players = run.policy, run.optimizer, run.critics, run.critic_optimizer
-    start = 0
+    run_config = json.loads(json.dumps(report.config_of(run, data, held_out)))
     if args.resume:
-        start = latest_step(out_dir)
-        load_state(out_dir, start, *players)
-        print0(f"resumed after step {start}")
-    elif run.ref and args.ref_model == args.model:
-        check_start(run, next(micro_batches(run, data, 0)))
-        print0("checked: policy and reference agree before the first step")
-    else:
-        print0("not checked before the first step: no reference, or another model")
-    report.write_config(out_dir / "config.json", run, data, held_out)
+        report.check_same(report.read_config(out_dir), run_config)
+    start = begin(run, out_dir, data)
+    check_space(out_dir, room_needed(run, out_dir))
+    if not distributed.from_rank_0(
+        lambda: open_run(run, out_dir, run_config, start, last), "--out_dir"
+    ):
+        print0(f"{out_dir} has finished its {start} steps: nothing to do")
+        return distributed.stop()
     metrics_csv = report.Table(out_dir / "metrics.csv", report.COLUMNS, start)
     eval_csv = report.Table(out_dir / "eval.csv", report.EVAL_COLUMNS, start)
-    begin = time.perf_counter()
+
+    def held_out_row(done):
+        if result := evaluate(run, held_out.triplets):
+            eval_csv.write({"step": done} | result)
+            print0(
+                f"held out: step {done}, " + ", ".join(f"{k} {v:.4g}" for k, v in result.items())
+            )
+
+    if args.eval_every and start and start % args.eval_every == 0:
+        if distributed.from_rank_0(lambda: start not in eval_csv.steps, "eval.csv"):
+            held_out_row(start)  # a signal had ended it
+    clock = time.perf_counter()
     for step in range(start, last):
         tick = time.perf_counter()
         m = train_step(run, micro_batches(run, data, step), step)
@@ -616,31 +712,43 @@ def train(args):
         m |= {"step": done, "seconds": now - tick, "tokens_per_s": m["tokens"] / (now - tick)}
         m |= {"tokens": int(m["tokens"]), "peak_gb": report.peak_gb(device)}
         metrics_csv.write(m)
-        print0(report.log_line(m, run.max_steps, (now - begin) / (done - start) * (last - done)))
+        print0(report.log_line(m, run.max_steps, (now - clock) / (done - start) * (last - done)))
         if args.eval_every and done % args.eval_every == 0:
-            result = {"step": done} | evaluate(run, held_out.triplets)
-            eval_csv.write(result)
-            print0("held out: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items()))
-        if done == last or args.save_every and done % args.save_every == 0:
-            save_state(out_dir, done, *players)
-    print0(f"trained {last - start} steps in {time.perf_counter() - begin:.0f} s")
-    export_policy(run.policy, tokenizer, out_dir / "hf")
+            held_out_row(done)
+        stopping = run.signals.anywhere(device)
+        if stopping or done == last or args.save_every and done % args.save_every == 0:
+            metrics_csv.sync()
+            eval_csv.sync()
+            save_state(out_dir, done, args.keep, *run.players)
+        if stopping and done < last:
+            print0(f"stopped after step {done}; resume with: {resume_command(argv, out_dir)}")
+            return distributed.stop()
+    print0(f"trained {last - start} steps in {time.perf_counter() - clock:.0f} s")
     if run.critics:
-        save_discriminators(
-            out_dir / "discriminators.pt", run.critics, critic_settings(args, config)
-        )
+        path = out_dir / "discriminators.pt"
+        save_discriminators(path, run.critics, critic_settings(args, config))
+    export_policy(run.policy, tokenizer, out_dir / "hf")
     if args.final_eval:
         final_table(run, out_dir)
     print0(f"wrote {out_dir}")
     distributed.stop()
 
 
+def resume_command(argv, out_dir) -> str:
+    rest = [word for word in argv if word != "--resume"]
+    if not any(word.startswith("--out_dir") for word in rest):
+        rest += ["--out_dir", str(out_dir)]
+    return shlex.join(["train_ganpo.py", *rest, "--resume"])
+
+
 def main(argv=None):
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     hub_logging.set_verbosity_error()
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        train(parse_args(sys.argv[1:] if argv is None else argv))
+        with ExitStack() as stack:
+            train(parse_args(argv), argv, stack)
     except (InputError, FloatingPointError) as error:  # found by every rank, said by one
         if dist.is_initialized():
             dist.destroy_process_group()

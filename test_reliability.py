@@ -1,0 +1,550 @@
+"""Claims about what survives: resume, states on disk, signals, lost ranks, kills, full disks.
+
+    python -m pytest -q test_reliability.py -m "not slow"
+    python test_reliability.py --kills 200      # kill -9 that often, resume, compare the weights
+
+The real program runs in this process or in forked ones; its world is test_train's.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoint
+import train_ganpo
+from data import batch_indices
+from losses import OPO_LOSSES
+from test_train import (
+    close,
+    flags,
+    furthest,
+    make_model,
+    make_rows,
+    rows_of,
+    run,
+    spawn,
+    tiny_world,
+)
+
+__all__ = ["tiny_world"]  # the fixture
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def has_rows(out, n):
+    """Whether a run has written that many rows of metrics.csv."""
+    path = Path(out) / "metrics.csv"
+    return path.exists() and path.read_bytes().count(b"\n") > n
+
+
+def join(children, seconds=60):
+    for child in children:
+        child.join(seconds)
+    codes = [child.exitcode for child in children]
+    for child in children:
+        child.kill()
+    return codes
+
+
+def states(out):
+    return sorted(f.name for f in (out / "state").iterdir())
+
+
+# ---------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("loss, mean", [("dpo", "ema"), ("simpo", "batch")])
+@pytest.mark.parametrize("stop", [2, 3])
+def test_stop_and_resume_equal_an_undisturbed_run_bit_for_bit(
+    stop, loss, mean, ranks, tiny_world, tmp_path
+):
+    """Within an epoch and at the first step of the second one (3 steps), with the critics' dropout
+    as noise."""
+    more = (f"--loss={loss}", f"--mean={mean}", "--epochs=2", "--disc_dropout=0.3",
+            "--micro_batch_size=2", "--disc_every=2")  # fmt: skip
+    straight, weights = run(tiny_world, tmp_path / "a", *more, ranks=ranks)
+    run(tiny_world, tmp_path / "b", *more, f"--stop_after={stop}", ranks=ranks)
+    assert len(rows_of(tmp_path / "b" / "metrics.csv")) == stop
+    rows, again = run(tiny_world, tmp_path / "b", *more, "--resume", ranks=ranks)
+    assert furthest(weights, again) == 0
+    assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
+    for a, b in zip(straight, rows, strict=True):
+        close(a, b, 0)
+
+
+@pytest.mark.parametrize("first, then", [(1, 2), (2, 1)])
+def test_another_number_of_ranks_continues_with_the_same_metrics(first, then, tiny_world, tmp_path):
+    more = ("--epochs=2", "--lr=3e-4")
+    straight, _ = run(tiny_world, tmp_path / "a", *more, ranks=first)
+    run(tiny_world, tmp_path / "b", *more, "--stop_after=4", ranks=first)
+    rows, _ = run(tiny_world, tmp_path / "b", *more, "--resume", ranks=then)
+    for a, b in zip(straight, rows, strict=True):
+        close(a, b, 1e-5)
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(tiny_world, tmp_path, capsys):
+    run(tiny_world, tmp_path / "r", "--max_steps=2")
+    before = {f: f.read_bytes() for f in (tmp_path / "r").rglob("*") if f.is_file()}
+    train_ganpo.main(flags(tiny_world, tmp_path / "r", "--max_steps=2", "--resume"))
+    assert "has finished its 2 steps: nothing to do" in capsys.readouterr().out
+    after = {f: f.read_bytes() for f in (tmp_path / "r").rglob("*") if f.is_file()}
+    assert before == after
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_world, tmp_path_factory):
+    """A run of 6 steps, stopped after 2; other data and models beside it."""
+    out = tmp_path_factory.mktemp("stopped") / "r"
+    run(tiny_world, out, "--epochs=2", "--stop_after=2")
+    make_rows(out.parent / "other.jsonl", 28, seed=7)
+    make_model(out.parent / "other", seed=7)
+    return out
+
+
+CHANGED = [
+    ("lr", "0.003", ["--lr=1e-3", "--disc_lr=0.03"]),
+    ("seed", "0", ["--seed=1"]),
+    ("batch_size", "8", ["--batch_size=4", "--max_steps=6"]),
+    ("loss", "dpo", ["--loss=ipo"]),
+    ("lambda_adv", "0.1", ["--lambda_adv=0.2"]),
+    ("beta", "0.1", ["--beta=0.2"]),
+    ("mean", "ema", ["--mean=batch"]),
+    ("disc", "transformer", ["--disc=mlp"]),
+    ("disc_hidden", "16", ["--disc_hidden=32"]),
+    ("disc_lr", "0.03", ["--disc_lr=0.02"]),
+    ("max_length", "64", ["--max_length=63"]),
+    ("grad_clip", "1.0", ["--grad_clip=2"]),
+    ("total_steps", "6", ["--epochs=3"]),
+    ("dtype", "float32", ["--dtype=bfloat16"]),
+    ("data_fingerprint", "", ["--dataset=DIR/other.jsonl"]),
+    ("model", "", ["--model=DIR/other", "--ref_model=LLAMA"]),
+]
+
+
+@pytest.mark.parametrize("name, old, change", CHANGED, ids=lambda x: str(x))
+def test_settings_that_change_the_result_are_refused_by_name(
+    name, old, change, stopped, tiny_world
+):
+    change = [word.replace("DIR", str(stopped.parent)) for word in change]
+    change = [word.replace("LLAMA", str(tiny_world / "llama")) for word in change]
+    argv = flags(tiny_world, stopped, "--resume", "--epochs=2", *change)
+    before = {f: f.stat().st_mtime_ns for f in stopped.rglob("*") if f.name != ".lock"}
+    with pytest.raises(SystemExit, match=rf"--resume: {name} was {old}[^;]*, is now [^;]*$"):
+        train_ganpo.main(argv)
+    assert before == {f: f.stat().st_mtime_ns for f in stopped.rglob("*") if f.name != ".lock"}
+
+
+def test_settings_that_do_not_are_free(stopped, tiny_world, tmp_path):
+    shutil.copytree(stopped, tmp_path / "r")
+    more = ("--epochs=2", "--micro_batch_size=3", "--save_every=1", "--checkpointing", "--keep=1")
+    rows, _ = run(tiny_world, tmp_path / "r", *more, "--resume")
+    straight, _ = run(tiny_world, tmp_path / "s", "--epochs=2")
+    for a, b in zip(straight, rows, strict=True):
+        close(a, b, 1e-4)
+    assert states(tmp_path / "r") == ["step-000006"]
+
+
+@pytest.mark.parametrize("files", [[], ["notes.txt"], ["config.json"]])
+def test_an_empty_or_foreign_folder_is_not_resumed_and_not_touched(files, tiny_world, tmp_path):
+    out = tmp_path / "r"
+    out.mkdir()
+    for name in files:
+        (out / name).write_text('{"model_type": "llama"}')
+    with pytest.raises(SystemExit, match="r: no run to resume"):
+        train_ganpo.main(flags(tiny_world, out, "--resume"))
+    assert sorted(f.name for f in out.iterdir()) == files
+
+
+# ---------------------------------------------------------------------- states on disk
+
+
+def test_the_newest_states_stay_each_whole_by_its_manifest(tiny_world, tmp_path):
+    run(tiny_world, tmp_path / "r", "--epochs=2", "--save_every=1", "--keep=3")
+    assert states(tmp_path / "r") == ["step-000004", "step-000005", "step-000006"]
+    for folder in (tmp_path / "r" / "state").iterdir():
+        manifest = json.loads((folder / "manifest.json").read_text())
+        files = {f.name: f for f in folder.iterdir() if f.name != "manifest.json"}
+        assert manifest["step"] == int(folder.name[5:]) and set(manifest["files"]) == set(files)
+        assert all(name.endswith(".safetensors") for name in files)  # nothing to unpickle
+        for name, (size, digest) in manifest["files"].items():
+            assert files[name].stat().st_size == size and checkpoint.sha256(files[name]) == digest
+
+
+def flip_a_byte(folder):
+    (file,) = folder.glob("*.safetensors")
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+
+
+def cut(folder):
+    (file,) = folder.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+DAMAGES = {
+    "flipped byte": (flip_a_byte, "missing or changed: .*safetensors"),
+    "cut": (cut, "missing or changed: .*safetensors"),
+    "missing file": (lambda f: next(f.glob("*.safetensors")).unlink(), "missing or changed"),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), "no manifest"),
+    "torn manifest": (lambda f: (f / "manifest.json").write_text('{"step"'), "no manifest"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_state_is_named_and_the_one_before_it_used(damage, tiny_world, tmp_path, capsys):
+    out, more = tmp_path / "r", ("--epochs=2", "--save_every=2")
+    _, weights = run(tiny_world, tmp_path / "s", *more)
+    run(tiny_world, out, *more, "--stop_after=4")
+    harm, message = DAMAGES[damage]
+    harm(out / "state" / "step-000004")
+    rows, again = run(tiny_world, out, *more, "--resume")
+    printed = capsys.readouterr().out
+    assert re.search(rf"step-000004 is damaged \({message}.*\): trying the state before", printed)
+    assert "resumed after step 2" in printed
+    assert furthest(weights, again) == 0 and [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
+    for folder in (out / "state").iterdir():
+        harm(folder)
+    with pytest.raises(SystemExit, match="no state is whole; remove its state/ to begin anew"):
+        train_ganpo.main(flags(tiny_world, out, *more, "--resume"))
+
+
+def test_a_run_killed_before_its_first_state_begins_anew(tiny_world, tmp_path, capsys):
+    _, weights = run(tiny_world, tmp_path / "s")
+    child = spawn(flags(tiny_world, tmp_path / "r"), prepare=slow_saves)
+    wait_for(lambda: has_rows(tmp_path / "r", 1))
+    child[0].kill()
+    join(child)
+    (tmp_path / "r" / "state" / "unfinished").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "r" / "state" / "unfinished" / "junk").write_text("x")
+    rows, again = run(tiny_world, tmp_path / "r", "--resume")
+    assert "resumed after step 0" in capsys.readouterr().out
+    assert furthest(weights, again) == 0 and [r["step"] for r in rows] == [1, 2, 3]
+    assert states(tmp_path / "r") == ["step-000003"]
+
+
+def slow_saves(rank):
+    inner = train_ganpo.save_state
+    train_ganpo.save_state = lambda *a: (time.sleep(30), inner(*a))
+
+
+def test_torn_rows_of_metrics_are_dropped(tiny_world, tmp_path):
+    straight, _ = run(tiny_world, tmp_path / "s", "--epochs=2")
+    run(tiny_world, tmp_path / "r", "--epochs=2", "--stop_after=4")
+    path = tmp_path / "r" / "metrics.csv"
+    path.write_text(path.read_text() + path.read_text().splitlines()[-1].replace("4,", "5,", 1)
+                    + "\n2,0.5")  # fmt: skip
+    rows, _ = run(tiny_world, tmp_path / "r", "--epochs=2", "--resume")
+    assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
+    for a, b in zip(straight, rows, strict=True):
+        close(a, b, 0)
+
+
+# ---------------------------------------------------------------------- room on the disk
+
+
+def test_too_little_room_is_refused_before_training(tiny_world, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    with pytest.raises(SystemExit, match=r"disk space: need 0\.00\d+ GB, have 1e-05 GB"):
+        train_ganpo.main(flags(tiny_world, tmp_path / "r"))
+    assert not (tmp_path / "r" / "config.json").exists()
+
+
+def test_room_that_is_gone_at_a_save_ends_the_run_and_leaves_the_state_before(
+    tiny_world, tmp_path, monkeypatch, capsys
+):
+    more = ("--epochs=2", "--save_every=2")
+    _, weights = run(tiny_world, tmp_path / "s", *more)
+    usage = shutil.disk_usage(tmp_path)
+    free = itertools.chain([10**12, 10**12], itertools.repeat(10_000))  # at the start, first save
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=next(free)))
+        with pytest.raises(
+            SystemExit, match="state of step 4 could not be written.*need 0.*intact"
+        ):
+            train_ganpo.main(flags(tiny_world, tmp_path / "r", *more))
+    assert states(tmp_path / "r") == ["step-000002"]
+    _, again = run(tiny_world, tmp_path / "r", *more, "--resume")
+    assert "resumed after step 2" in capsys.readouterr().out and furthest(weights, again) == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of a megabyte or so."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3000k", "tmpfs", disk]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_disk_that_fills_up_during_a_save_destroys_no_state(
+    small_disk, tiny_world, tmp_path, monkeypatch, capsys
+):
+    more = ("--epochs=2", "--save_every=1", "--keep=1")
+    _, weights = run(tiny_world, tmp_path / "s", *more)
+    # as if another program took the room after it was checked
+    inner = checkpoint.check_space
+
+    def check(out_dir, needed):
+        inner(out_dir, needed)
+        if (small_disk / "r" / "state" / "step-000002").exists():
+            (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 50_000))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "check_space", check)
+        with pytest.raises(
+            SystemExit, match="step 3 could not be written: .*No space left.*intact"
+        ):
+            train_ganpo.main(flags(tiny_world, small_disk / "r", *more))
+    assert states(small_disk / "r") == ["step-000002"]
+    (small_disk / "filler").unlink()
+    _, again = run(tiny_world, small_disk / "r", *more, "--resume")
+    assert "resumed after step 2" in capsys.readouterr().out and furthest(weights, again) == 0
+
+
+# ---------------------------------------------------------------------- signals
+
+
+LONG = ("--epochs=14",)  # 42 steps
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_world, tmp_path_factory):
+    """Rows and weights of the long run, for 1 and 2 ranks."""
+    folder = tmp_path_factory.mktemp("long")
+    return {n: run(tiny_world, folder / str(n), *LONG, ranks=n) for n in (1, 2)}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_finishes_the_step_saves_and_exits_0(
+    ranks, number, undisturbed, tiny_world, tmp_path
+):
+    out, log = tmp_path / "r", tmp_path / "log"
+    children = spawn(flags(tiny_world, out, *LONG), ranks, log)
+    wait_for(lambda: has_rows(out, 3))
+    os.kill(children[-1].pid, number)  # one rank only: the others have to hear of it
+    assert join(children) == [0] * ranks
+    (line,) = [x for x in log.read_text().splitlines() if x.startswith("stopped after step")]
+    step = int(re.match(r"stopped after step (\d+); resume with: train_ganpo.py ", line)[1])
+    assert line.endswith("--resume") and 3 <= step < 42
+    assert states(out)[-1] == f"step-{step:06d}"
+    rows, again = run(tiny_world, out, *LONG, "--resume", ranks=ranks)
+    straight, weights = undisturbed[ranks]
+    assert furthest(weights, again) == 0 and [r["step"] for r in rows] == list(range(1, 43))
+    for a, b in zip(straight, rows, strict=True):
+        close(a, b, 0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_ends_an_evaluation_which_is_made_up_for(ranks, tiny_world, tmp_path):
+    held_out = make_rows(tmp_path / "many.jsonl", 3000, seed=3)
+    more = ("--max_steps=3", "--eval_every=2", f"--eval_split={held_out}")
+    run(tiny_world, tmp_path / "s", *more, ranks=ranks)
+    out, log = tmp_path / "r", tmp_path / "log"
+    children = spawn(flags(tiny_world, out, *more), ranks, log)
+    wait_for(lambda: has_rows(out, 2))
+    os.kill(children[0].pid, signal.SIGTERM)
+    assert join(children) == [0] * ranks
+    assert "stopped after step 2;" in log.read_text()
+    assert rows_of(out / "eval.csv") == []
+    run(tiny_world, out, *more, "--resume", ranks=ranks)
+    assert rows_of(out / "eval.csv") == rows_of(tmp_path / "s" / "eval.csv") != []
+
+
+def sleepy_saves(rank):
+    inner = train_ganpo.save_state
+
+    def save(*args):
+        time.sleep(0.5)
+        inner(*args)
+
+    train_ganpo.save_state = save
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_during_a_save_lets_it_finish(ranks, undisturbed, tiny_world, tmp_path):
+    out, log = tmp_path / "r", tmp_path / "log"
+    more = (*LONG, "--save_every=3")
+    children = spawn(flags(tiny_world, out, *more), ranks, log, sleepy_saves)
+    wait_for(lambda: has_rows(out, 3))  # the save of step 3 begins now
+    time.sleep(0.1)
+    os.kill(children[0].pid, signal.SIGTERM)
+    assert join(children) == [0] * ranks
+    assert re.search(r"stopped after step [34];", log.read_text())
+    _, again = run(tiny_world, out, *more, "--resume", ranks=ranks)
+    assert furthest(undisturbed[ranks][1], again) == 0
+
+
+def stuck_steps(rank):
+    inner = train_ganpo.train_step
+
+    def step(run, batches, step):
+        if step == 2:
+            time.sleep(60)
+        return inner(run, batches, step)
+
+    train_ganpo.train_step = step
+
+
+def test_a_second_signal_ends_the_process_at_once(tiny_world, tmp_path):
+    (child,) = spawn(flags(tiny_world, tmp_path / "r"), prepare=stuck_steps)
+    wait_for(lambda: has_rows(tmp_path / "r", 2))
+    time.sleep(0.2)
+    begin = time.monotonic()
+    os.kill(child.pid, signal.SIGTERM)
+    time.sleep(0.5)
+    assert child.is_alive()
+    os.kill(child.pid, signal.SIGTERM)
+    assert join([child], 5) == [-signal.SIGTERM] and time.monotonic() - begin < 5
+
+
+# ---------------------------------------------------------------------- not finite, or lost
+
+
+def poisoned(rank):
+    """The second pair of rank 1's (or of the only rank's) third batch has no finite loss."""
+    inner, calls = OPO_LOSSES["dpo"], itertools.count()
+
+    def loss(lp, args):
+        value = inner(lp, args)
+        bad = next(calls) == 3 and rank == int(os.environ.get("WORLD_SIZE", 1)) - 1
+        return (
+            value * torch.tensor([1.0, float("nan")] + [1.0] * (len(value) - 2)) if bad else value
+        )
+
+    loss.needs_ref = True
+    OPO_LOSSES["dpo"] = loss
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_is_not_finite_stops_all_ranks_before_the_update_naming_the_pair(
+    ranks, tiny_world, tmp_path
+):
+    out, log = tmp_path / "r", tmp_path / "log"
+    children = spawn(flags(tiny_world, out, "--save_every=1"), ranks, log, poisoned)
+    codes = join(children)
+    assert all(code == 1 for code in codes)
+    row = batch_indices(2, 28, 8, 0).reshape(ranks, -1)[-1][1]
+    (line,) = [x for x in log.read_text().splitlines() if x.startswith("train_ganpo.py:")]
+    assert "step 3: loss_opo is nan; the step was not taken" in line
+    assert line.endswith(f"rows of the data (from 0): {row}")
+    assert states(out) == ["step-000001", "step-000002"] and len(rows_of(out / "metrics.csv")) == 2
+    _, again = run(tiny_world, out, "--save_every=1", "--resume", ranks=ranks)
+    _, weights = run(tiny_world, tmp_path / "s", ranks=ranks)
+    assert furthest(weights, again) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_rank_ends_the_others_with_an_error(number, tiny_world, tmp_path):
+    out, log = tmp_path / "r", tmp_path / "log"
+    children = spawn(flags(tiny_world, out, "--epochs=400", "--timeout=4"), 2, log)
+    wait_for(lambda: has_rows(out, 2))
+    os.kill(children[1].pid, number)
+    children[0].join(30)
+    code = children[0].exitcode
+    join(children, 0)
+    assert code not in (0, None)
+
+
+def test_a_second_process_on_one_out_dir_is_refused(tiny_world, tmp_path):
+    children = spawn(flags(tiny_world, tmp_path / "r", "--epochs=400"))
+    try:
+        wait_for(lambda: has_rows(tmp_path / "r", 1))
+        with pytest.raises(SystemExit, match="r is in use by another process"):
+            train_ganpo.main(flags(tiny_world, tmp_path / "r", "--epochs=400", "--resume"))
+        assert children[0].is_alive()
+    finally:
+        children[0].kill()
+        join(children)
+
+
+# ---------------------------------------------------------------------- kill -9
+
+
+KILLED = ("--epochs=14", "--save_every=1", "--disc_dropout=0.3")  # 42 steps
+
+
+def survive(world, folder, kills, seed):
+    """Kills the program that often at random moments, resuming each time -> weights and rows of the
+    run that was left to end, and where each kill struck."""
+    rng, out, struck = random.Random(seed), folder / "r", []
+    while True:
+        resume = ["--resume"] * (out / "config.json").exists()
+        begun = has_rows(out, 0)
+        (child,) = spawn(flags(world, out, *KILLED, *resume), log=folder / "log")
+        if len(struck) == kills:
+            assert join([child]) == [0], (folder / "log").read_text()[-2000:]
+            return rows_of(out / "metrics.csv"), load_file(out / "hf" / "model.safetensors"), struck
+        if begun and not resume:
+            wait_for(lambda: has_rows(out, 1))
+        time.sleep(rng.uniform(0.3, 2.5))
+        child.kill()
+        child.join()
+        saving = (out / "state" / "unfinished").exists()
+        struck.append("save" if saving else "step" if child.exitcode else "end")
+        if child.exitcode == 0 or (out / "hf").exists():
+            shutil.rmtree(out)  # it had ended: once more from the start
+            struck.pop()
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_kill_9_at_random_moments_and_resume_give_the_undisturbed_weights(
+    kills, tiny_world, tmp_path
+):
+    straight, weights = run(tiny_world, tmp_path / "s", *KILLED)
+    rows, again, struck = survive(tiny_world, tmp_path, kills, seed=kills)
+    assert len(struck) == kills
+    assert all(torch.equal(weights[k], again[k]) for k in again)
+    assert [r["step"] for r in rows] == list(range(1, 43))
+    for a, b in zip(straight, rows, strict=True):
+        close(a, b, 0)
+
+
+def main():
+    parser = argparse.ArgumentParser("test_reliability.py", description="kill, resume, compare")
+    parser.add_argument("--kills", type=int, default=200)
+    kills = parser.parse_args().kills
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        make_model(folder / "llama")
+        make_rows(folder / "train.jsonl", 28)
+        straight, weights = run(folder, folder / "s", *KILLED)
+        begin, equal, struck = time.monotonic(), 0, []
+        while len(struck) < kills:  # ten kills on the way to each comparison
+            (folder / "r").exists() and shutil.rmtree(folder / "r")
+            rows, again, where = survive(folder, folder, min(10, kills - len(struck)), len(struck))
+            struck += where
+            assert all(torch.equal(weights[k], again[k]) for k in again)
+            assert [r["step"] for r in rows] == [r["step"] for r in straight]
+            equal += 1
+    print(f"{len(struck)} kills, {struck.count('save')} of them during a save;", end=" ")
+    print(f"{equal} of {equal} runs ended with the undisturbed weights;", end=" ")
+    print(f"{time.monotonic() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
