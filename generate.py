@@ -155,10 +155,11 @@ def main():
     settings = {k: getattr(args, k) for k in ("temperature", "max_new_tokens", "seed")}
     try:
         check_model_name(args.model)
-        encoder = ChatEncoder(AutoTokenizer.from_pretrained(args.model))
-        lm = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").to(device)
+        own_code = {"trust_remote_code": False}
+        encoder = ChatEncoder(AutoTokenizer.from_pretrained(args.model, **own_code))
+        lm = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", **own_code).to(device)
         answers = generate(lm, encoder, chats, **settings)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, ValueError) as error:
         sys.exit(f"generate.py: {first_line(error)}")
     for prompt, answer in zip(args.prompts, answers, strict=True):
         print(f"{prompt}\n    {answer.text}")

@@ -163,7 +163,9 @@ def check_config(config, max_length: int):
 def load_lm(name: str, dtype: torch.dtype, checkpointing: bool = False) -> PackedLM:
     """A Hub id or a folder -> PackedLM with its weights in dtype, dropout off. checkpointing
     keeps only the layers' inputs and computes each layer again in backward."""
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=ATTENTION)
+    model = AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False
+    )
     model.eval()  # for good: dropout would make policy and reference differ before the first step
     if checkpointing:
         for layer in model.base_model.layers:

@@ -16,9 +16,9 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -380,7 +380,7 @@ JSONL = "\r\n".join(json.dumps(r, ensure_ascii=False) for r in ROWS).encode() + 
 
 def parquet():
     file = io.BytesIO()
-    Dataset.from_list(ROWS).to_parquet(file)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), file)
     return file.getvalue()
 
 
@@ -402,6 +402,8 @@ def test_every_kind_of_file_gives_the_same_triplets_and_has_one_split(file, tmp_
 
 @pytest.mark.parametrize("kind", ["one data set", "its splits", "a file per split"])
 def test_a_folder_gives_the_same_triplets_and_names_its_splits(kind, tmp_path, monkeypatch):
+    from datasets import Dataset, DatasetDict  # two seconds that forked children would pay for
+
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     source = tmp_path / kind
     splits = {"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:2])}

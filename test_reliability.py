@@ -361,7 +361,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_0(
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_signal_ends_an_evaluation_which_is_made_up_for(ranks, tiny_world, tmp_path):
-    held_out = make_rows(tmp_path / "many.jsonl", 3000, seed=3)
+    held_out = make_rows(tmp_path / "many.jsonl", 1200, seed=3)
     more = ("--max_steps=3", "--eval_every=2", f"--eval_split={held_out}")
     run(tiny_world, tmp_path / "s", *more, ranks=ranks)
     out, log = tmp_path / "r", tmp_path / "log"

@@ -13,10 +13,12 @@ import math
 import os
 import random
 import re
+import shutil
 import socket
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -124,7 +126,7 @@ def spawn(argv, ranks=1, log=None, prepare=None):
     """The program in children of a server that has torch loaded but has run nothing -> them.
     log: a file for what they print; prepare(rank) is called first in each."""
     context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_ganpo"])
+    context.set_forkserver_preload(["test_train", "test_reliability"])
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -768,6 +770,8 @@ BAD = [  # flags, and what the one line must say
     (["--dataset=nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (["--split=test"], "no split 'test'; a single file has one, 'train'"),
     (["--model=nowhere/at/all"], "--model nowhere/at/all: no such folder"),
+    (["--max_length=2"], "fewer pairs than --batch_size 8: 0 of 28 rows; dropped: prompt leaves"),
+    (["--out_dir=/proc/run"], "--out_dir [Errno 2] No such file or directory: '/proc/run'"),
     (["--max_length=512"], "max_length 512 is beyond the model's 256 positions"),
     (["--chat_template=nowhere.jinja"], "--chat_template: "),
     (["--eval_every=2"], "pass --eval_split"),
@@ -802,6 +806,42 @@ def test_other_models_than_the_checked_ones_are_refused(tiny_world, tmp_path):
     tiny().save_pretrained(tmp_path / "gpt2")
     with pytest.raises(SystemExit, match="'gpt2' is none of those checked here"):
         train_ganpo.main(flags(tiny_world, tmp_path / "r", f"--model={tmp_path / 'gpt2'}"))
+
+
+def test_a_dtype_that_the_gpu_cannot_do_is_refused(tiny_world, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    args = train_ganpo.parse_args(flags(tiny_world, tmp_path / "r", "--dtype=bfloat16"))
+    with pytest.raises(ValueError, match="--dtype bfloat16: this GPU cannot"):
+        train_ganpo.check_input(args, world=1)
+
+
+def test_a_models_own_code_is_never_run(tiny_world, tmp_path):
+    evil = tmp_path / "evil"
+    shutil.copytree(tiny_world / "llama", evil)
+    config = json.loads((evil / "config.json").read_text())
+    own = {f"Auto{k}": "evil.Evil" for k in ("Config", "ModelForCausalLM", "Tokenizer")}
+    config |= {"model_type": "evil", "auto_map": own}
+    (evil / "config.json").write_text(json.dumps(config))
+    (evil / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    with pytest.raises(SystemExit, match="evil contains custom code"):
+        train_ganpo.main(flags(tiny_world, tmp_path / "r", f"--model={evil}"))
+    done = subprocess.run([sys.executable, "generate.py", "--model", evil, "hello"], cwd=HERE,
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert done.returncode == 1 and done.stderr.startswith("generate.py: ")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_line_of_a_megabyte_and_nul_bytes_train(tiny_world, tmp_path):
+    rows = (tiny_world / "train.jsonl").read_text()
+    for chosen in ("a" * 1_000_000, "ab \0 cd\0", "\0"):
+        rows += json.dumps({"prompt": "abc", "chosen": chosen, "rejected": "b"}) + "\n"
+    (tmp_path / "rows.jsonl").write_text(rows)
+    begin = time.monotonic()
+    run(tiny_world, tmp_path / "r", f"--dataset={tmp_path / 'rows.jsonl'}", "--micro_batch_size=3")
+    assert time.monotonic() - begin < 20
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert config["pairs"] == 31 and config["notes"]["truncated"] == 1
 
 
 def test_token_ids_and_latents_that_do_not_fit_are_refused(tiny_world, tmp_path):

@@ -198,13 +198,23 @@ def parse_args(argv):
 
 def check_input(args, world):
     """All that can be refused before a weight is read -> tokenizer, config, data, held-out data."""
+    if (
+        args.dtype == "bfloat16"
+        and torch.cuda.is_available()
+        and not torch.cuda.is_bf16_supported()
+    ):
+        raise InputError("--dtype bfloat16: this GPU cannot; pass --dtype float32")
     if args.batch_size % world:
         raise InputError(f"--batch_size {args.batch_size} is not divisible by {world} ranks")
     for name in (args.model, args.ref_model):
         check_model_name(name)
     try:
-        config, ref_config = (AutoConfig.from_pretrained(m) for m in (args.model, args.ref_model))
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        # a model's own code is not run, nor asked for
+        config, ref_config = (
+            AutoConfig.from_pretrained(m, trust_remote_code=False)
+            for m in (args.model, args.ref_model)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
         check_config(config, args.max_length)
         check_config(ref_config, args.max_length)
     except Exception as error:  # transformers and tokenizers raise what they like
