@@ -11,6 +11,7 @@ when it is whole. Nothing here is a pickle but discriminators.pt, which is read 
 Every function that takes a sharded model is collective: all ranks call it.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -29,8 +30,57 @@ from transformers import AutoModelForCausalLM
 from data import InputError
 from discriminator import build_discriminator
 from distributed import from_rank_0, print0
+from report import read_config
 
 MANIFEST = "manifest.json"
+
+
+# ---------------------------------------------------------------------- the folder
+
+
+def claim_out_dir(args, stack) -> Path:
+    """--out_dir, or the next free out/run-NNN: rank 0 decides, and keeps it for itself until the
+    end. A folder that holds a run needs --resume."""
+
+    def decide():
+        folder = Path(args.out_dir or "out")
+        if not args.out_dir:
+            used = [int(f.name[4:]) for f in folder.glob("run-*") if f.name[4:].isdigit()]
+            folder = folder / f"run-{max(used, default=-1) + 1:03d}"
+        if args.resume and read_config(folder) is None:
+            raise InputError(f"{folder}: no run to resume")
+        taken = any((folder / f).exists() for f in ("config.json", "metrics.csv", "state"))
+        if taken and not args.resume:
+            raise InputError(f"{folder} holds a run: pass --resume, or another --out_dir")
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = stack.enter_context((folder / ".lock").open("w"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder} is in use by another process") from None
+        return folder
+
+    return from_rank_0(decide, "--out_dir")
+
+
+def open_run(out_dir, config, start, last) -> bool:
+    """Rank 0 makes the folder ready for the steps to come -> False if nothing is left to do."""
+    exports = [out_dir / "hf"] + [out_dir / "final.csv"] * (config["final_eval"] > 0)
+    if start >= last and all(path.exists() for path in exports):
+        return False
+    if start < last:  # what an earlier end, at --stop_after, has exported
+        shutil.rmtree(out_dir / "hf", ignore_errors=True)
+        for name in ("discriminators.pt", "final.csv"):
+            (out_dir / name).unlink(missing_ok=True)
+    write_synced(out_dir / "config.json", json.dumps(config, indent=1) + "\n")
+    return True
+
+
+def room_needed(run, out_dir) -> int:
+    """Bytes for the states to come, one of them beside the --keep others, and the export."""
+    there = len(list(Path(out_dir, "state").glob("step-*")))
+    export = sum(p.numel() * p.element_size() for p in run.policy.parameters())
+    return max(1, run.args.keep + 1 - there) * state_bytes(*run.players) + export
 
 
 # ---------------------------------------------------------------------- states

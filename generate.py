@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging as transformers_logging
@@ -141,6 +142,13 @@ def write_batch(lm, prompts, stop, temperature, u) -> list[list[int]]:
     return answers
 
 
+def quiet():
+    """No progress bars and warnings of the libraries between our lines."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+
+
 def main():
     parser = argparse.ArgumentParser("generate.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", required=True, help="a Hugging Face folder or Hub id")
@@ -149,7 +157,7 @@ def main():
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    transformers_logging.disable_progress_bar()
+    quiet()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chats = [[{"role": "user", "content": prompt}] for prompt in args.prompts]
     settings = {k: getattr(args, k) for k in ("temperature", "max_new_tokens", "seed")}

@@ -38,10 +38,9 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import logging as transformers_logging
 
 from data import ChatEncoder, InputError
-from generate import generate
+from generate import generate, quiet
 
 ROOT = Path("out/mini")
 SIZES = dict(  # seconds on two cores: see README
@@ -471,7 +470,7 @@ def main():
     parser.add_argument("action", nargs="?", choices=["build", "show"], default="build")
     parser.add_argument("--seed", type=int, default=0, help="another world [0]")
     args = parser.parse_args()
-    transformers_logging.disable_progress_bar()
+    quiet()
     try:
         folder = build(args.seed)
     except (InputError, OSError) as error:

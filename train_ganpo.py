@@ -11,12 +11,10 @@ Shapes: B pairs, N = 2B sequences, T tokens, H hidden; b pairs in one micro-batc
 """
 
 import argparse
-import fcntl
 import json
 import math
 import os
 import shlex
-import shutil
 import sys
 import time
 from collections import defaultdict
@@ -27,26 +25,26 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 import distributed
 import miniature
 import report
 from checkpoint import (
     check_space,
+    claim_out_dir,
     export_policy,
     load_state,
     newest_state,
+    open_run,
+    room_needed,
     save_discriminators,
     save_state,
-    state_bytes,
-    write_synced,
 )
 from data import InputError, batch_indices, check_model_name, first_line, load_pairs, pack
 from discriminator import build_discriminator
 from distributed import all_ranks, print0
+from generate import quiet
 from losses import (
     LN2,
     OPO_LOSSES,
@@ -243,33 +241,6 @@ def check_input(args, world):
         if not held_out.triplets:
             raise InputError(f"{source[0]}: no held-out pair is left: {held_out.summary()}")
     return tokenizer, config, data, held_out
-
-
-def claim_out_dir(args, stack) -> Path:
-    """--out_dir, or the next free out/run-NNN: rank 0 decides, and keeps it for itself until the
-    end. A folder that holds a run needs --resume."""
-
-    def decide():
-        folder = Path(args.out_dir or "out")
-        if not args.out_dir:
-            used = [int(f.name[4:]) for f in folder.glob("run-*") if f.name[4:].isdigit()]
-            folder = folder / f"run-{max(used, default=-1) + 1:03d}"
-        if args.resume and report.read_config(folder) is None:
-            raise InputError(f"{folder}: no run to resume")
-        taken = any((folder / f).exists() for f in ("config.json", "metrics.csv", "state"))
-        if taken and not args.resume:
-            raise InputError(f"{folder} holds a run: pass --resume, or another --out_dir")
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = stack.enter_context((folder / ".lock").open("w"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder} is in use by another process") from None
-        return folder
-
-    folder = distributed.from_rank_0(decide, "--out_dir")
-    args.out_dir = str(folder)
-    return folder
 
 
 def critic_settings(args, config):
@@ -655,27 +626,6 @@ def begin(run, out_dir, data) -> int:
     return start
 
 
-def open_run(run, out_dir, config, start, last) -> bool:
-    """Rank 0 makes the folder ready for the steps to come -> False if nothing is left to do."""
-    args = run.args
-    exports = [out_dir / "hf"] + [out_dir / "final.csv"] * (args.final_eval > 0)
-    if start >= last and all(path.exists() for path in exports):
-        return False
-    if start < last:  # what an earlier end, at --stop_after, has exported
-        shutil.rmtree(out_dir / "hf", ignore_errors=True)
-        for name in ("discriminators.pt", "final.csv"):
-            (out_dir / name).unlink(missing_ok=True)
-    write_synced(out_dir / "config.json", json.dumps(config, indent=1) + "\n")
-    return True
-
-
-def room_needed(run, out_dir) -> int:
-    """Bytes for the states to come, one of them beside the --keep others, and the export."""
-    there = len(list(Path(out_dir, "state").glob("step-*")))
-    export = sum(p.numel() * p.element_size() for p in run.policy.parameters())
-    return max(1, run.args.keep + 1 - there) * state_bytes(*run.players) + export
-
-
 def train(args, argv, stack):
     device = distributed.start(args.timeout)
     world = miniature.ROOT / f"seed{args.seed}"
@@ -683,6 +633,7 @@ def train(args, argv, stack):
         distributed.from_rank_0(lambda: miniature.build(args.seed, log=print0), "miniature:")
     tokenizer, config, data, held_out = check_input(args, dist.get_world_size())
     out_dir = claim_out_dir(args, stack)
+    args.out_dir = str(out_dir)
     run = build(args, config, device)
     run.signals = stack.enter_context(distributed.StopSignals())
     run.players = run.policy, run.optimizer, run.critics, run.critic_optimizer
@@ -696,9 +647,7 @@ def train(args, argv, stack):
         report.check_same(report.read_config(out_dir), run_config)
     start = begin(run, out_dir, data)
     check_space(out_dir, room_needed(run, out_dir))
-    if not distributed.from_rank_0(
-        lambda: open_run(run, out_dir, run_config, start, last), "--out_dir"
-    ):
+    if not distributed.from_rank_0(lambda: open_run(out_dir, run_config, start, last), "--out_dir"):
         print0(f"{out_dir} has finished its {start} steps: nothing to do")
         return distributed.stop()
     metrics_csv = report.Table(out_dir / "metrics.csv", report.COLUMNS, start)
@@ -752,9 +701,7 @@ def resume_command(argv, out_dir) -> str:
 
 
 def main(argv=None):
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()
+    quiet()
     argv = sys.argv[1:] if argv is None else argv
     try:
         with ExitStack() as stack:
