@@ -116,6 +116,24 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(tiny_world, tmp_pat
     assert before == after
 
 
+def test_a_run_that_ended_before_its_export_exports_when_resumed(tiny_world, tmp_path, monkeypatch):
+    """Even where an earlier end has left an export of fewer steps."""
+    more = ("--epochs=2",)
+    _, weights = run(tiny_world, tmp_path / "s", *more)
+    run(tiny_world, tmp_path / "r", *more, "--stop_after=3")
+
+    def end(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ganpo, "export_policy", end)
+        with pytest.raises(KeyboardInterrupt):
+            train_ganpo.main(flags(tiny_world, tmp_path / "r", *more, "--resume"))
+    torch.distributed.destroy_process_group()
+    _, again = run(tiny_world, tmp_path / "r", *more, "--resume")
+    assert furthest(weights, again) == 0
+
+
 @pytest.fixture(scope="module")
 def stopped(tiny_world, tmp_path_factory):
     """A run of 6 steps, stopped after 2; other data and models beside it."""
