@@ -33,6 +33,7 @@ from distributed import from_rank_0, print0
 from report import read_config
 
 MANIFEST = "manifest.json"
+FILE_BYTES = 2**32  # of a state's files, over all ranks: a writer holds one file in memory
 
 
 # ---------------------------------------------------------------------- the folder
@@ -112,6 +113,17 @@ def state_folder(out_dir, step) -> Path:
     return Path(out_dir, "state", f"step-{step:06d}")
 
 
+def file_numbers(tensors, ranks) -> dict[str, int]:
+    """Name -> the number of its file, from 1; the generators of all ranks are in the first."""
+    numbers, number, size = {}, 1, 0
+    for name, tensor in tensors.items():
+        bytes_of_it = tensor.numel() * tensor.element_size()
+        if size and size + bytes_of_it > FILE_BYTES:
+            number, size = number + 1, 0
+        numbers[name], size = number, size + bytes_of_it
+    return numbers | {f"{k}.{rank}": 1 for k in ("rng", "cuda_rng") for rank in range(ranks)}
+
+
 def state_bytes(policy, optimizer, critics, critic_optimizer) -> int:
     """Of one state, over all ranks: weights and AdamW's two moments (the rest is small)."""
     modules = [policy] if critics is None else [policy, critics]
@@ -138,9 +150,11 @@ def save_state(out_dir, step, keep: int, *players):
     from_rank_0(lambda: clean(folder.parent), "state:")
     try:
         check_space(out_dir, state_bytes(*players))
-        writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)  # syncs its files
-        dcp.save(state_tensors(*players), storage_writer=writer)
-        ranks = dist.get_world_size()
+        tensors, ranks = state_tensors(*players), dist.get_world_size()
+        writer = HuggingFaceStorageWriter(  # it syncs its files
+            str(unfinished), file_numbers(tensors, ranks), save_distributed=True
+        )
+        dcp.save(tensors, storage_writer=writer)
         manifest = {"step": step, "ranks": ranks, "files": hash_files(unfinished)}
         from_rank_0(lambda: finish(unfinished, folder, manifest, keep), "state:")
     except (CheckpointException, InputError) as error:

@@ -213,6 +213,21 @@ def test_the_newest_states_stay_each_whole_by_its_manifest(tiny_world, tmp_path)
             assert files[name].stat().st_size == size and checkpoint.sha256(files[name]) == digest
 
 
+def small_files(rank):
+    checkpoint.FILE_BYTES = 20_000
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_state_of_many_files_is_resumed_as_exactly(ranks, tiny_world, tmp_path):
+    _, weights = run(tiny_world, tmp_path / "s", ranks=ranks)
+    children = spawn(flags(tiny_world, tmp_path / "r", "--stop_after=2"), ranks, None, small_files)
+    assert join(children) == [0] * ranks
+    files = list((tmp_path / "r" / "state" / "step-000002").glob("*.safetensors"))
+    assert len(files) > 10 * ranks and all(f.stat().st_size < 60_000 for f in files)
+    _, again = run(tiny_world, tmp_path / "r", "--resume", ranks=ranks)
+    assert furthest(weights, again) == 0
+
+
 def flip_a_byte(folder):
     (file,) = folder.glob("*.safetensors")
     raw = bytearray(file.read_bytes())
@@ -246,6 +261,9 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(damage, tiny_world,
     assert re.search(rf"step-000004 is damaged \({message}.*\): trying the state before", printed)
     assert "resumed after step 2" in printed
     assert furthest(weights, again) == 0 and [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
+    harm(out / "state" / "step-000006")
+    run(tiny_world, out, *more, "--resume", "--stop_after=5")  # from 4, and 6 goes
+    assert states(out) == ["step-000004", "step-000005"]
     for folder in (out / "state").iterdir():
         harm(folder)
     with pytest.raises(SystemExit, match="no state is whole; remove its state/ to begin anew"):
@@ -292,6 +310,12 @@ def test_too_little_room_is_refused_before_training(tiny_world, tmp_path, monkey
     with pytest.raises(SystemExit, match=r"disk space: need 0\.00\d+ GB, have 1e-05 GB"):
         train_ganpo.main(flags(tiny_world, tmp_path / "r"))
     assert not (tmp_path / "r" / "config.json").exists()
+
+
+def test_a_read_only_disk_is_refused_in_one_line(small_disk, tiny_world):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(SystemExit, match=r"--out_dir \[Errno 30\] Read-only file system: .*/r'$"):
+        train_ganpo.main(flags(tiny_world, small_disk / "r"))
 
 
 def test_room_that_is_gone_at_a_save_ends_the_run_and_leaves_the_state_before(

@@ -706,7 +706,7 @@ def main(argv=None):
     try:
         with ExitStack() as stack:
             train(parse_args(argv), argv, stack)
-    except (InputError, FloatingPointError) as error:  # found by every rank, said by one
+    except (InputError, FloatingPointError, OSError) as error:  # found by all ranks, said by one
         if dist.is_initialized():
             dist.destroy_process_group()
         sys.exit(f"train_ganpo.py: {error}" if os.environ.get("RANK", "0") == "0" else 1)
