@@ -176,7 +176,9 @@ def clean(states: Path):
 
 
 def finish(unfinished, folder, manifest, keep):
-    write_synced(unfinished / MANIFEST, json.dumps(manifest, indent=1))
+    write_synced(
+        unfinished / MANIFEST, json.dumps(manifest | {"digest": digest(manifest)}, indent=1)
+    )
     sync_folder(unfinished)
     shutil.rmtree(folder, ignore_errors=True)  # a damaged state of the same step
     unfinished.rename(folder)
@@ -221,11 +223,16 @@ def sha256(path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(folder) -> dict | None:
-    """None where there is none to be read: the state does not count."""
+    """None where there is no whole one: the state does not count."""
     try:
-        return json.loads((Path(folder) / MANIFEST).read_text())
-    except (OSError, ValueError):
+        manifest = json.loads((Path(folder) / MANIFEST).read_text())
+        return manifest if manifest.pop("digest") == digest(manifest) else None
+    except (OSError, ValueError, KeyError, AttributeError):
         return None
 
 
@@ -241,7 +248,7 @@ def newest_state(out_dir) -> dict | None:
         found = hash_files(folder) if manifest else None
         if manifest and found == manifest["files"]:
             return manifest
-        damage = "no manifest"
+        damage = "no whole manifest"
         if manifest:
             names = sorted({*found, *manifest["files"]})
             bad = [n for n in names if found.get(n) != manifest["files"].get(n)]

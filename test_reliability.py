@@ -116,10 +116,12 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(tiny_world, tmp_pat
     assert before == after
 
 
-def test_a_run_that_ended_before_its_export_exports_when_resumed(tiny_world, tmp_path, monkeypatch):
+def test_a_run_that_ended_before_its_export_exports_when_resumed(
+    six_steps, tiny_world, tmp_path, monkeypatch
+):
     """Even where an earlier end has left an export of fewer steps."""
     more = ("--epochs=2",)
-    _, weights = run(tiny_world, tmp_path / "s", *more)
+    _, weights = six_steps
     run(tiny_world, tmp_path / "r", *more, "--stop_after=3")
 
     def end(*_):
@@ -132,6 +134,12 @@ def test_a_run_that_ended_before_its_export_exports_when_resumed(tiny_world, tmp
     torch.distributed.destroy_process_group()
     _, again = run(tiny_world, tmp_path / "r", *more, "--resume")
     assert furthest(weights, again) == 0
+
+
+@pytest.fixture(scope="module")
+def six_steps(tiny_world, tmp_path_factory):
+    """Rows and weights of an undisturbed run of two epochs."""
+    return run(tiny_world, tmp_path_factory.mktemp("six") / "r", "--epochs=2")
 
 
 @pytest.fixture(scope="module")
@@ -177,12 +185,11 @@ def test_settings_that_change_the_result_are_refused_by_name(
     assert before == {f: f.stat().st_mtime_ns for f in stopped.rglob("*") if f.name != ".lock"}
 
 
-def test_settings_that_do_not_are_free(stopped, tiny_world, tmp_path):
+def test_settings_that_do_not_are_free(six_steps, stopped, tiny_world, tmp_path):
     shutil.copytree(stopped, tmp_path / "r")
     more = ("--epochs=2", "--micro_batch_size=3", "--save_every=1", "--checkpointing", "--keep=1")
     rows, _ = run(tiny_world, tmp_path / "r", *more, "--resume")
-    straight, _ = run(tiny_world, tmp_path / "s", "--epochs=2")
-    for a, b in zip(straight, rows, strict=True):
+    for a, b in zip(six_steps[0], rows, strict=True):
         close(a, b, 1e-4)
     assert states(tmp_path / "r") == ["step-000006"]
 
@@ -240,19 +247,26 @@ def cut(folder):
     file.write_bytes(file.read_bytes()[:-1])
 
 
+def change_manifest(folder):
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"ranks": 1', '"ranks": 0'))
+
+
 DAMAGES = {
     "flipped byte": (flip_a_byte, "missing or changed: .*safetensors"),
     "cut": (cut, "missing or changed: .*safetensors"),
     "missing file": (lambda f: next(f.glob("*.safetensors")).unlink(), "missing or changed"),
-    "no manifest": (lambda f: (f / "manifest.json").unlink(), "no manifest"),
-    "torn manifest": (lambda f: (f / "manifest.json").write_text('{"step"'), "no manifest"),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), "no whole manifest"),
+    "torn manifest": (lambda f: (f / "manifest.json").write_text('{"step"'), "no whole manifest"),
+    "changed manifest": (change_manifest, "no whole manifest"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_state_is_named_and_the_one_before_it_used(damage, tiny_world, tmp_path, capsys):
-    out, more = tmp_path / "r", ("--epochs=2", "--save_every=2")
-    _, weights = run(tiny_world, tmp_path / "s", *more)
+def test_a_damaged_state_is_named_and_the_one_before_it_used(
+    damage, six_steps, tiny_world, tmp_path, capsys
+):
+    out, more, (_, weights) = tmp_path / "r", ("--epochs=2", "--save_every=2"), six_steps
     run(tiny_world, out, *more, "--stop_after=4")
     harm, message = DAMAGES[damage]
     harm(out / "state" / "step-000004")
@@ -289,15 +303,14 @@ def slow_saves(rank):
     train_ganpo.save_state = lambda *a: (time.sleep(30), inner(*a))
 
 
-def test_torn_rows_of_metrics_are_dropped(tiny_world, tmp_path):
-    straight, _ = run(tiny_world, tmp_path / "s", "--epochs=2")
+def test_torn_rows_of_metrics_are_dropped(six_steps, tiny_world, tmp_path):
     run(tiny_world, tmp_path / "r", "--epochs=2", "--stop_after=4")
     path = tmp_path / "r" / "metrics.csv"
     path.write_text(path.read_text() + path.read_text().splitlines()[-1].replace("4,", "5,", 1)
                     + "\n2,0.5")  # fmt: skip
     rows, _ = run(tiny_world, tmp_path / "r", "--epochs=2", "--resume")
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
-    for a, b in zip(straight, rows, strict=True):
+    for a, b in zip(six_steps[0], rows, strict=True):
         close(a, b, 0)
 
 
@@ -319,10 +332,9 @@ def test_a_read_only_disk_is_refused_in_one_line(small_disk, tiny_world):
 
 
 def test_room_that_is_gone_at_a_save_ends_the_run_and_leaves_the_state_before(
-    tiny_world, tmp_path, monkeypatch, capsys
+    six_steps, tiny_world, tmp_path, monkeypatch, capsys
 ):
-    more = ("--epochs=2", "--save_every=2")
-    _, weights = run(tiny_world, tmp_path / "s", *more)
+    more, (_, weights) = ("--epochs=2", "--save_every=2"), six_steps
     usage = shutil.disk_usage(tmp_path)
     free = itertools.chain([10**12, 10**12], itertools.repeat(10_000))  # at the start, first save
     with monkeypatch.context() as patch:
@@ -349,10 +361,9 @@ def small_disk(tmp_path):
 
 
 def test_a_disk_that_fills_up_during_a_save_destroys_no_state(
-    small_disk, tiny_world, tmp_path, monkeypatch, capsys
+    six_steps, small_disk, tiny_world, tmp_path, monkeypatch, capsys
 ):
-    more = ("--epochs=2", "--save_every=1", "--keep=1")
-    _, weights = run(tiny_world, tmp_path / "s", *more)
+    more, (_, weights) = ("--epochs=2", "--save_every=1", "--keep=1"), six_steps
     # as if another program took the room after it was checked
     inner = checkpoint.check_space
 
