@@ -723,7 +723,11 @@ def test_runs_without_out_dir_take_the_next_free_folder(tiny_world, tmp_path, mo
 def test_presets_and_derived_defaults():
     gemma = train_ganpo.parse_args(["--preset=gemma-2-2b-it", "--lr=4e-7"])
     assert gemma.disc_lr == pytest.approx(2e-7) and gemma.lambda_adv == 1 and gemma.beta == 0.1
-    assert gemma.eval_split == "test" and gemma.ref_model == "google/gemma-2-2b-it"
+    assert (
+        gemma.eval_split == "test"
+        and gemma.save_every == 50
+        and gemma.ref_model == "google/gemma-2-2b-it"
+    )
     llama = train_ganpo.parse_args(["--preset=llama-3-8b-instruct", "--loss=simpo"])
     assert (llama.beta, llama.gamma_beta_ratio, llama.disc_layers) == (10, 0.3, 4)
     mini = train_ganpo.parse_args(["--loss=simpo", "--disc_lr=5e-5", "--seed=3"])

@@ -63,14 +63,15 @@ from policy import at_least_fp32, check_config, load_lm
 PAPER = dict(  # App. B and Fig 10 [choice 15]; beta of SimPO by its authors
     lambda_adv=1.0, disc_lr_ratio=0.5, simpo_beta=10.0, disc_hidden=512, disc_dropout=0.1,
     batch_size=128, max_length=2048, dtype="bfloat16", eval_split="test", eval_every=50,
-    final_eval=0,
+    save_every=50, final_eval=0,
 )
 PRESETS = {  # what --preset sets; every flag still overrides it
     "mini": dict(
         model="out/mini/seed{seed}/model", dataset="out/mini/seed{seed}/train.jsonl", lr=1e-4,
         lambda_adv=0.1, disc_lr_ratio=10.0, simpo_beta=2.0, gamma_beta_ratio=0.5, disc_layers=2,
         disc_hidden=32, disc_dropout=0.0, batch_size=32, max_length=256, dtype="float32",
-        eval_split="out/mini/seed{seed}/test.jsonl", eval_every=32, final_eval=1000,
+        eval_split="out/mini/seed{seed}/test.jsonl", eval_every=32, save_every=0,
+        final_eval=1000,
     ),
     "gemma-2-2b-it": PAPER | dict(
         model="google/gemma-2-2b-it", dataset="trl-lib/ultrafeedback_binarized", lr=5e-7,
@@ -154,9 +155,9 @@ def parse_args(argv):
     add("--dtype", choices=DTYPES, help="of compute; weights stay float32 [bfloat16; mini float32]")
     add("--checkpointing", action="store_true", help="recompute layers in backward [off, ours]")
     add = parser.add_argument_group("running").add_argument
-    add("--save_every", type=natural, default=0, help="steps between states, 0: at the end [0]")
+    add("--save_every", type=natural, help="steps between states, 0: at the end [50; mini 0]")
     add("--keep", type=count, default=2, help="newest states that stay [2]")
-    add("--eval_every", type=natural, help="steps between held-out evaluations [50; 0 without any]")
+    add("--eval_every", type=natural, help="steps between held-out evaluations [50; mini 32]")
     add("--final_eval", type=natural, help="prompts of mini's final table [mini 1000]")
     add("--seed", type=natural, default=0, help="[0]")
     add("--out_dir", help="[the next free out/run-NNN]")
