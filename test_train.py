@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import bench as bench_module
 import distributed
 import losses
 import report
@@ -931,6 +932,82 @@ def test_readme_command_on_real_preferences_with_one_and_two_processes(loss, tmp
     # AdamW turns gradients of rounding size into whole steps: looser with every step
     close(rows[0][0], rows[1][0], 1e-5)
     close(rows[0][3], rows[1][3], 1e-3)
+
+
+# ---------------------------------------------------------------------- bench.py
+
+
+@pytest.fixture
+def workload(tmp_path):
+    config = AutoConfig.for_model(
+        "llama", vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path / "load")
+    g = torch.Generator().manual_seed(0)
+    lengths = [(7, 9, 5), (4, 12, 8), (6, 10, 11), (9, 3, 5), (8, 8, 8), (5, 6, 7)]
+    with (tmp_path / "load" / "pairs.jsonl").open("w") as file:
+        for row in lengths:
+            ids = [torch.randint(10, 500, (n,), generator=g).tolist() for n in row]
+            names = ("prompt_ids", "chosen_ids", "rejected_ids")
+            file.write(json.dumps(dict(zip(names, ids, strict=True))) + "\n")
+    return tmp_path / "load", lengths
+
+
+def bench(*argv):
+    argv = [sys.executable, "bench.py", *map(str, argv)]
+    return subprocess.run(argv, cwd=HERE, capture_output=True, text=True, timeout=120)
+
+
+def test_bench_counts_real_tokens_phases_and_the_products_of_the_step(workload):
+    folder, lengths = workload
+    more = ("--batch_size=2", "--steps=2", "--json", "--disc_hidden=32")
+    plain, ganpo = (bench(folder, *more, f"--lambda_adv={x}") for x in (0, 1))
+    results = [json.loads(done.stdout.splitlines()[-1]) for done in (plain, ganpo)]
+    tokens = sum(2 * p + c + r for p, c, r in lengths[2:])  # the first batch warms up
+    for result in results:
+        assert result["tokens_per_s"] * result["step_s"] * 2 == pytest.approx(tokens)
+        assert 0.1 < result["peak_gb"] < 4 and result["matrix_rate_share"] > 0
+    phases = {"data", "reference", "policy forward", "backward", "optimiser", "other"}
+    assert set(results[0]["phases"]) == phases
+    assert set(results[1]["phases"]) == phases | {"discriminators"}
+    assert "discriminators" in ganpo.stdout and "tokens/s" in plain.stdout
+
+
+def test_bench_counts_the_products_that_are_executed(workload, monkeypatch, capsys):
+    folder, lengths = workload
+    rates = []
+    monkeypatch.setattr(bench_module, "matrix_rate", lambda *a: 1.0)
+    monkeypatch.setattr(bench_module, "show", rates.append)
+    monkeypatch.setattr(sys, "argv", ["bench.py", str(folder), "--batch_size=2", "--steps=2"])
+    bench_module.main()
+    tokens = sum(p + c + r for p, c, r in lengths[4:])  # of the last batch, each prompt once
+    answers = sum(c + r for _, c, r in lengths[4:])
+    per_layer = 4 * 64 * 64 + 3 * 64 * 128
+    trunk = 2 * 2 * per_layer * tokens * (1 + 3)  # reference; policy forward and backward
+    head = 2 * 64 * 500 * answers * (1 + 4)  # with the logits computed twice
+    assert 1 <= rates[0]["flops"] / (trunk + head) < 1.1  # the attention itself is small
+
+
+@pytest.mark.slow
+def test_bench_puts_another_program_beside_itself(workload):
+    line = json.dumps({"tokens_per_s": 1.0, "step_s": 1.0, "peak_gb": 2.0})
+    done = bench(workload[0], "--batch_size=2", "--steps=2", "--vs", f"echo '{line}'")
+    rows = {x.split()[0]: [float(v) for v in x.split()[1:]] for x in done.stdout.splitlines()[1:]}
+    assert set(rows) == {"tokens_per_s", "step_s", "peak_gb"}
+    here, other, ratio = rows["tokens_per_s"]
+    assert other == 1 and here > 1 and ratio == pytest.approx(here, abs=0.01)
+
+
+def test_bench_refuses_what_it_cannot_measure(workload, tmp_path):
+    for argv, message in (
+        ((tmp_path / "nothing",), "no workload"),
+        ((workload[0], "--batch_size=4"), "6 pairs, 12 needed"),
+        ((workload[0], "--batch_size=2", "--vs", "echo hello"), "echo hello printed no such line"),
+    ):
+        done = bench(*argv)
+        assert done.returncode == 1 and done.stderr.startswith("bench.py: ")
+        assert message in done.stderr
 
 
 # ---------------------------------------------------------------------- README

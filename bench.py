@@ -1,0 +1,293 @@
+"""Speed and memory of the training step, alone or beside another program.
+
+    python bench.py [WORKLOAD]                               # DPO; without one, its own workload
+    python bench.py --lambda_adv 1 --disc_hidden 512         # any flags of train_ganpo.py
+    python bench.py WORKLOAD --vs "python peer.py WORKLOAD"  # in alternation, and the ratios
+
+WORKLOAD holds config.json, a transformers config that is initialised from seed 0, and pairs.jsonl,
+rows of prompt_ids, chosen_ids, rejected_ids. What is timed is train_ganpo.train_step itself: one
+step to warm up, then --steps on consecutive batches. Tokens are real ones, 2 * prompt + chosen +
+rejected, whatever a program pads or shares. With --json, and of the other program, the last line is
+an object with tokens_per_s, step_s and peak_gb.
+
+On a CPU set MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=64000000000 for both sides when it is speed
+that is compared: glibc would map and fault in every large block at each operation.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+import distributed
+import train_ganpo
+from data import InputError, Triplet, pack
+from generate import quiet
+
+NAMES = "prompt_ids", "chosen_ids", "rejected_ids"
+LENGTHS = (60, 20, 200), (130, 20, 400), (115, 20, 400)  # median, low, high: prompt and answers
+PEAKS = {"H200": 790e12, "H100": 790e12, "A100": 312e12}  # bf16 FLOP/s of a dense product
+ROUNDS = 3  # of each program under --vs
+
+
+# ---------------------------------------------------------------------- the workload
+
+
+def make_workload(folder, pairs):
+    """A Llama of 58 million parameters; lengths spread like UltraFeedback's, a fourth as long."""
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=512, num_hidden_layers=8, num_attention_heads=8,
+        intermediate_size=1408, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    rng, lines = random.Random(0), []
+
+    def ids(median, low, high):
+        length = round(median * math.exp(rng.gauss(0, 0.7)))
+        return [rng.randrange(10, 32000) for _ in range(min(high, max(low, length)))]
+
+    for _ in range(pairs):
+        row = {name: ids(*x) for name, x in zip(NAMES, LENGTHS, strict=True)}
+        lines.append(json.dumps(row) + "\n")
+    (folder / "pairs.jsonl").write_text("".join(lines))
+
+
+def read_workload(folder, pairs) -> list[Triplet]:
+    try:
+        lines = (folder / "pairs.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines[:pairs]]
+        triplets = [
+            Triplet(*(np.array(row[k], dtype=np.int32) for k in NAMES), i)
+            for i, row in enumerate(rows)
+        ]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: no workload: {error}") from None
+    if len(triplets) < pairs:
+        raise InputError(f"{folder}: {len(triplets)} pairs, {pairs} needed")
+    return triplets
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+class Clock:
+    """Seconds by phase: what is entered within a phase is not counted to that phase, except that a
+    backward within the discriminators' is theirs."""
+
+    def __init__(self, device):
+        self.seconds, self.stack, self.device = defaultdict(float), ["other"], device
+        self.last = self.now()
+
+    def now(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def switch(self):
+        now = self.now()
+        self.seconds[self.stack[-1]] += now - self.last
+        self.last = now
+
+    def enter(self, phase):
+        self.switch()
+        self.stack.append("discriminators" if self.stack[-1] == "discriminators" else phase)
+
+    def leave(self):
+        self.switch()
+        self.stack.pop()
+
+    def timed(self, phase, function):
+        def wrapper(*args, **kwargs):
+            self.enter(phase)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.leave()
+
+        return wrapper
+
+    @contextmanager
+    def watching(self, run):
+        """The step's own functions report to this clock."""
+        places = [
+            (train_ganpo, "quad_scores", "discriminators"),
+            (train_ganpo, "own_scores", "discriminators"),
+            (train_ganpo, "update_critics", "discriminators"),
+            (train_ganpo, "adversarial_gradient", "discriminators"),
+            (torch.Tensor, "backward", "backward"),
+            (torch.nn.utils, "clip_grad_norm_", "optimiser"),
+            (run.optimizer, "step", "optimiser"),
+            (run.policy, "forward", "policy forward"),
+            (run.ref, "forward", "reference"),
+        ]
+        before = [(owner, name, getattr(owner, name)) for owner, name, _ in places if owner]
+        for owner, name, phase in places:
+            if owner:
+                setattr(owner, name, self.timed(phase, getattr(owner, name)))
+        try:
+            yield
+        finally:
+            for owner, name, function in before:
+                setattr(owner, name, function)
+
+
+def reset_peak(device):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark of resident memory
+
+
+def peak_gb(device) -> float:
+    """GiB since reset_peak: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+
+
+def matrix_rate(device, dtype) -> float:
+    """FLOP/s of a large product here, the best of several."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b, best = (torch.randn(n, n, device=device, dtype=dtype) for _ in "ab"), None, 0.0
+    a, b = a
+    clock = Clock(device)
+    for _ in range(10):
+        begin = clock.now()
+        a @ b
+        best = max(best, 2 * n**3 / (clock.now() - begin))
+    return best
+
+
+def measure(args, train_args, triplets, model_dir) -> dict:
+    device = distributed.start(train_args.timeout)
+    config = AutoConfig.from_pretrained(model_dir)
+    run = train_ganpo.build(train_args, config, device)
+    run.max_steps = args.steps + 2
+
+    def batches(step, clock=None):
+        mine = triplets[step * args.batch_size :][: args.batch_size]
+        mine = mine[run.rank :: run.world]
+        for first in range(0, len(mine), train_args.micro_batch_size):
+            load = lambda i=first: pack(mine[i : i + train_args.micro_batch_size]).to(device)  # noqa: E731
+            yield clock.timed("data", load)() if clock else load()
+
+    train_ganpo.train_step(run, batches(0), 0)
+    reset_peak(device)
+    seconds, tokens, sync = [], 0, Clock(device)
+    for step in range(1, args.steps + 1):
+        begin = sync.now()
+        tokens += train_ganpo.train_step(run, batches(step), step)["tokens"]
+        seconds.append(sync.now() - begin)
+    result = {
+        "tokens_per_s": tokens / sum(seconds),
+        "step_s": statistics.mean(seconds),
+        "peak_gb": peak_gb(device),
+    }
+    # one step more for what would disturb the others: its phases, then its operations counted
+    clock = Clock(device)
+    with clock.watching(run):
+        train_ganpo.train_step(run, batches(args.steps, clock), args.steps + 1)
+    clock.switch()
+    counter = FlopCounterMode(display=False)
+    with counter:
+        train_ganpo.train_step(run, batches(args.steps), args.steps + 1)
+    flops = counter.get_total_flops()
+    rate = flops / seconds[-1]
+    peak = matrix_rate(device, torch.bfloat16 if args.bf16 else torch.float32)
+    result |= {"flops": flops, "tflops": rate / 1e12, "matrix_rate_share": rate / peak}
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+        result["mfu"] = next((rate / p for k, p in PEAKS.items() if k in name), None)
+    result["phases"] = dict(clock.seconds)
+    distributed.stop()
+    return result
+
+
+def show(result):
+    print(f"{result['tokens_per_s']:,.0f} tokens/s, {result['step_s']:.2f} s per step,"
+          f" peak {result['peak_gb']:.2f} GB, {result['tflops']:.3f} TFLOP/s as executed,"
+          f" {result['matrix_rate_share']:.0%} of the matrix rate measured here"
+          + (f", MFU {result['mfu']:.0%}" if result.get("mfu") else ""))  # fmt: skip
+    total = sum(result["phases"].values())
+    for phase, s in sorted(result["phases"].items(), key=lambda x: -x[1]):
+        print(f"    {phase:<16}{s:8.3f} s {s / total:6.1%}")
+
+
+# ---------------------------------------------------------------------- two programs
+
+
+def last_object(command: list[str]) -> dict:
+    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        return json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        raise InputError(
+            f"{shlex.join(command)} printed no such line: {done.stderr[-300:]}"
+        ) from None
+
+
+def versus(argv, other):
+    """Both in alternation, this one first; medians, and this one's over the other's."""
+    ours = [sys.executable, __file__, *argv, "--json"]
+    runs = [(last_object(ours), last_object(shlex.split(other))) for _ in range(ROUNDS)]
+    print(f"median of {ROUNDS} runs each, in alternation{'':<8}here     other     ratio")
+    for key in ("tokens_per_s", "step_s", "peak_gb"):
+        values = [[r[side].get(key) for r in runs] for side in (0, 1)]
+        if None not in values[1]:
+            a, b = map(statistics.median, values)
+            print(f"    {key:<36}{a:10.2f}{b:10.2f}{a / b:10.2f}")
+
+
+def main():
+    quiet()
+    parser = argparse.ArgumentParser("bench.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("workload", nargs="?", type=Path)
+    parser.add_argument("--batch_size", type=int, default=8, help="pairs per step")
+    parser.add_argument("--steps", type=int, default=2, help="timed ones")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    parser.add_argument("--json", action="store_true", help="an object as the last line")
+    parser.add_argument("--vs", metavar="COMMAND", help="another program, in alternation")
+    args, flags = parser.parse_known_args()
+    try:
+        if args.vs:
+            argv = sys.argv[1:]
+            at = argv.index("--vs")
+            return versus(argv[:at] + argv[at + 2 :], args.vs)
+        pairs = args.batch_size * (args.steps + 1)
+        with tempfile.TemporaryDirectory() as folder:
+            workload = args.workload or Path(folder)
+            if not args.workload:
+                make_workload(workload, pairs)
+            triplets = read_workload(workload, pairs)
+            torch.manual_seed(0)
+            model_dir = str(Path(folder, "model"))
+            config = AutoConfig.from_pretrained(workload)
+            AutoModelForCausalLM.from_config(config).save_pretrained(model_dir)
+            given = [f"--model={model_dir}", f"--batch_size={args.batch_size}", "--lambda_adv=0"]
+            given += ["--max_length=2048", *["--dtype=bfloat16"] * args.bf16]
+            result = measure(args, train_ganpo.parse_args(given + flags), triplets, model_dir)
+    except InputError as error:
+        sys.exit(f"bench.py: {error}")
+    if os.environ.get("RANK", "0") == "0":
+        show(result)
+        print(*[json.dumps(result)] * args.json)
+
+
+if __name__ == "__main__":
+    main()
