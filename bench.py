@@ -248,9 +248,9 @@ def versus(argv, other):
     runs = [(last_object(ours), last_object(shlex.split(other))) for _ in range(ROUNDS)]
     print(f"median of {ROUNDS} runs each, in alternation{'':<8}here     other     ratio")
     for key in ("tokens_per_s", "step_s", "peak_gb"):
-        values = [[r[side].get(key) for r in runs] for side in (0, 1)]
-        if None not in values[1]:
-            a, b = map(statistics.median, values)
+        values = [[np.mean(r[side].get(key, np.nan)) for r in runs] for side in (0, 1)]
+        a, b = map(statistics.median, values)
+        if not np.isnan(b):
             print(f"    {key:<36}{a:10.2f}{b:10.2f}{a / b:10.2f}")
 
 

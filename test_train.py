@@ -991,12 +991,13 @@ def test_bench_counts_the_products_that_are_executed(workload, monkeypatch, caps
 
 @pytest.mark.slow
 def test_bench_puts_another_program_beside_itself(workload):
-    line = json.dumps({"tokens_per_s": 1.0, "step_s": 1.0, "peak_gb": 2.0})
+    line = json.dumps({"tokens_per_s": 1.0, "step_s": [0.5, 1.5], "peak_gb": 2.0})
     done = bench(workload[0], "--batch_size=2", "--steps=2", "--vs", f"echo '{line}'")
     rows = {x.split()[0]: [float(v) for v in x.split()[1:]] for x in done.stdout.splitlines()[1:]}
     assert set(rows) == {"tokens_per_s", "step_s", "peak_gb"}
     here, other, ratio = rows["tokens_per_s"]
     assert other == 1 and here > 1 and ratio == pytest.approx(here, abs=0.01)
+    assert rows["step_s"][1] == 1  # a list of steps counts as their mean
 
 
 def test_bench_refuses_what_it_cannot_measure(workload, tmp_path):
