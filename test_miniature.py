@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import generate as generate_module
 import miniature
 from data import ChatEncoder, InputError, load_pairs
-from generate import generate, pick, uniforms
+from generate import Answer, generate, pick, uniforms
 from miniature import FAMILIES, Task, annotate, chat, demonstrate, draw_tasks, judge
 from test_train import SHAPES, make_model
 
@@ -184,6 +184,7 @@ def lines_of(path):
 
 
 def test_same_seed_same_files_whatever_the_threads_and_another_seed_another_world(small, tmp_path):
+    torch.manual_seed(123)  # another state than the first build met
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(1)
     again = miniature.build(0, tmp_path / "a", log=lambda line: None, sizes=SMALL)
@@ -228,7 +229,19 @@ def test_pairs_carry_the_judges_and_the_annotators_scores(small):
         assert row["score_chosen"] > row["score_rejected"]
         for side in ("chosen", "rejected"):
             assert row[f"gold_{side}"] == judge(task, row[side]).gold
-            assert len(row[side].encode()) < miniature.MAX_NEW_TOKENS  # it has ended
+
+
+def test_answers_that_are_cut_off_or_empty_or_hold_special_tokens_make_no_pairs(monkeypatch):
+    rng, encoder = random.Random(0), ChatEncoder(miniature.build_tokenizer())
+    tasks = draw_tasks(rng, 50)
+    four = [Answer("cut off", 64, False), Answer(" ", 2, True), Answer("<|user|>", 2, True),
+            Answer("whole", 6, True)]  # fmt: skip
+    monkeypatch.setattr(miniature, "answer", lambda *a, **k: four * 50)
+    rows = miniature.draw_pairs(None, encoder, tasks, 2, rng, 0, None)
+    assert len(rows) == 100  # of the whole answer and the demonstration
+    for row in rows:
+        assert "whole" in (row["chosen"], row["rejected"]) and row["chosen"] != row["rejected"]
+        assert not {"cut off", " ", "<|user|>"} & {row["chosen"], row["rejected"]}
 
 
 def test_an_interrupted_build_leaves_nothing_and_a_killed_one_nothing_that_counts(
