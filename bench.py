@@ -184,8 +184,9 @@ def measure(args, train_args, triplets, model_dir) -> dict:
         mine = triplets[step * args.batch_size :][: args.batch_size]
         mine = mine[run.rank :: run.world]
         for first in range(0, len(mine), train_args.micro_batch_size):
-            load = lambda i=first: pack(mine[i : i + train_args.micro_batch_size]).to(device)  # noqa: E731
-            yield clock.timed("data", load)() if clock else load()
+            part = mine[first : first + train_args.micro_batch_size]
+            load = clock.timed("data", pack) if clock else pack
+            yield load(part).to(device)
 
     train_ganpo.train_step(run, batches(0), 0)
     reset_peak(device)

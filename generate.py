@@ -7,7 +7,7 @@
 
 The randomness of an answer is one uniform number per position, drawn from (seed, prompt, sample)
 alone, so batch size, batch mates and order do not change it: in fp32 on a CPU only a near tie that
-the last bits of the logits decide can come out differently, less than once in a million tokens.
+the last bits of the logits decide can come out differently.
 Two models, or two temperatures, meet the same randomness, which makes their comparison sharper.
 """
 

@@ -707,7 +707,7 @@ def main(argv=None):
     try:
         with ExitStack() as stack:
             train(parse_args(argv), argv, stack)
-    except (InputError, FloatingPointError, OSError) as error:  # found by all ranks, said by one
+    except (InputError, FloatingPointError, OSError) as error:  # all ranks find them, one speaks
         if dist.is_initialized():
             dist.destroy_process_group()
         sys.exit(f"train_ganpo.py: {error}" if os.environ.get("RANK", "0") == "0" else 1)
