@@ -404,6 +404,34 @@ def batch_indices(step: int, n: int, batch_size: int, seed: int) -> np.ndarray:
     return epoch_order(n, seed, epoch)[position * batch_size : (position + 1) * batch_size]
 
 
+def row_length(triplet: Triplet) -> int:
+    """Its tokens in a packed row."""
+    return sum(map(len, triplet[:3]))
+
+
+def plan_forwards(
+    triplets: list[Triplet], ranks: int, max_pairs: int, max_tokens: int
+) -> list[list[list[Triplet]]]:
+    """Cuts pairs into forwards, the longest first -> per forward, per rank, its pairs.
+
+    Every rank runs every forward, as collectives want; only the last one can be without pairs for
+    some. Sorted pairs are dealt to and fro, so that ranks get nearly equal tokens. A forward is
+    full at max_pairs, or where the next pairs would put some rank above max_tokens; a pair longer
+    than that is alone."""
+    lengths = np.array([row_length(t) for t in triplets])
+    order = np.argsort(-lengths, kind="stable")
+    dealt = np.pad(order, (0, -len(order) % ranks), constant_values=-1).reshape(-1, ranks)
+    dealt[1::2] = dealt[1::2, ::-1]
+    cuts, tokens = [0], np.zeros(ranks)
+    for i, more in enumerate(np.where(dealt < 0, 0, lengths[dealt])):
+        tokens = tokens + more
+        if i > cuts[-1] and (i - cuts[-1] == max_pairs or tokens.max() > max_tokens):
+            cuts.append(i)
+            tokens = more
+    parts = np.split(dealt, cuts[1:])
+    return [[[triplets[i] for i in rank if i >= 0] for rank in part.T] for part in parts]
+
+
 class Packed(NamedTuple):
     """A micro-batch of B pairs as one row of T tokens; sequence i < B is chosen, B + i is
     rejected."""
@@ -421,7 +449,12 @@ class Packed(NamedTuple):
     real_tokens: int  # 2 * prompt + chosen + rejected, summed: what every tokens/s counts
 
     def to(self, device):
-        return Packed(*(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in self))
+        return Packed(*(move(x, device) if torch.is_tensor(x) else x for x in self))
+
+
+def move(x: Tensor, device: torch.device) -> Tensor:
+    """To a GPU without waiting for what it is doing."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def pack(triplets: list[Triplet], share_prompt: bool = True) -> Packed:

@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from data import InputError
+from data import InputError, first_line
 
 
 def cores() -> int:
@@ -94,17 +95,63 @@ def print0(*values):
         print(*values, flush=True)
 
 
-def shard(lm, device: torch.device, dtype: torch.dtype):
-    """FSDP2 over all ranks: a group per layer, the rest in the root's, embedding and head (which
-    may be tied) among it. bfloat16 is the precision of compute; weights stay as they are, sums are
-    fp32."""
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+def sharing_ranks() -> int:
+    """How many ranks share one copy of the weights: those of a node. With several nodes each has a
+    sharded copy of its own, and only gradients travel between them (HSDP); nodes of one rank each
+    share."""
+    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if world % local:
+        raise InputError(f"{world} ranks on nodes of {local}: every node needs as many")
+    return world if local == 1 else local
+
+
+def make_mesh(device: torch.device) -> DeviceMesh:
+    sharing, world = sharing_ranks(), dist.get_world_size()
+    if sharing == world:
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    shape = (world // sharing, sharing)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard(lm, mesh: DeviceMesh, dtype: torch.dtype):
+    """FSDP2: a group per layer, the rest in the root's, embedding and head (which may be tied)
+    among it. bfloat16 is the precision of compute; weights stay as they are, sums are fp32."""
     mixed = MixedPrecisionPolicy()
     if dtype == torch.bfloat16:
         mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in lm.model.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=mixed)
     return fully_shard(lm, mesh=mesh, mp_policy=mixed)
+
+
+@torch.no_grad()
+def load_sharded(load, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype, blame: str):
+    """load() -> a policy.PackedLM, and load(shell="meta") the same without its weights. Rank 0
+    alone reads them and hands every rank its part, one parameter at a time, so that no other rank
+    ever holds the whole model, and none holds it twice. InputError, blame first, on all ranks."""
+    weights = {}
+
+    def read():
+        try:
+            whole = load()
+        except Exception as error:  # transformers and safetensors raise what they like
+            raise InputError(first_line(error)) from None
+        weights.update([*whole.named_parameters(), *whole.named_buffers()])
+
+    lm = shard(load(shell="meta"), mesh, dtype).to_empty(device=device)
+    from_rank_0(read, blame)
+    for name, x in [*lm.named_parameters(), *lm.named_buffers()]:
+        value = (
+            weights.pop(name).to(device)
+            if dist.get_rank() == 0
+            else torch.empty(x.shape, dtype=x.dtype, device=device)
+        )
+        if isinstance(x, DTensor):
+            x.copy_(distribute_tensor(value, x.device_mesh, x.placements))
+        else:  # buffers, such as the rotary frequencies, are in no checkpoint
+            dist.broadcast(value, 0)
+            x.copy_(value)
+    return lm
 
 
 def all_ranks(local: Tensor) -> Tensor:

@@ -7,7 +7,7 @@
 
 A micro-batch of B pairs is one row of T tokens, each pair laid out as [prompt, chosen, rejected]:
 the prompt is read once, both answers continue it at position len(prompt), and rejected does not see
-chosen. No padding, fewer tokens, and the same function of the weights.
+chosen (attention.py). No padding, fewer tokens, and the same function of the weights.
 """
 
 import functools
@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-ATTENTION = "shared_prompt"  # the name under which transformers finds the attention below
-LOGITS_PER_CHUNK = 2**27  # 0.5 GB in fp32 whatever the vocabulary
+import attention
+
+LOGITS_PER_CHUNK = 2**26  # 0.25 GB in fp32; with a large vocabulary the floor on tokens counts
+TOKENS_PER_CHUNK = 512  # fewer would leave a GPU idle
 
 
 class LatentsAndLogProbs(NamedTuple):
@@ -32,9 +34,9 @@ class PackedLM(nn.Module):
     """A Hugging Face causal LM whose forward takes data.Packed. Trunk and head are reached through
     this one forward, which is where FSDP2 hangs its hooks."""
 
-    def __init__(self, model):
+    def __init__(self, model, attention_kind: str = "loop"):
         super().__init__()
-        self.model = model
+        self.model, self.attention_kind = model, attention_kind  # the latter as in attention.py
 
     def forward(self, batch, head: bool = True, head_probe=None) -> LatentsAndLogProbs:
         """head=False leaves the log-probabilities out: a reference that only lends its latents
@@ -42,7 +44,8 @@ class PackedLM(nn.Module):
         latents, (T, H)."""
         trunk = self.model.base_model
         ids, position_ids = batch.ids[None], batch.position_ids[None]
-        out = trunk(ids, position_ids=position_ids, use_cache=False, segments=batch.segments)
+        layout = attention.layout(self.attention_kind, batch)
+        out = trunk(ids, position_ids=position_ids, use_cache=False, layout=layout)
         h = out.last_hidden_state
         if not head:
             return LatentsAndLogProbs(h, None)
@@ -56,7 +59,7 @@ class PackedLM(nn.Module):
         backward: with a vocabulary of 256k they would otherwise be the peak of memory."""
         head = self.model.get_output_embeddings()
         softcap = getattr(self.model.config, "final_logit_softcapping", None)
-        chunk = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
+        chunk = rows_per_chunk(head.weight.shape[0])
         recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         logp = torch.cat(
             [
@@ -67,6 +70,10 @@ class PackedLM(nn.Module):
             ]
         )
         return logp.new_zeros(len(batch.lengths)).index_add(0, batch.owner, logp)
+
+
+def rows_per_chunk(vocabulary: int) -> int:
+    return max(TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // vocabulary)
 
 
 def token_log_probs(h, weight, bias, labels, softcap):
@@ -80,65 +87,6 @@ def token_log_probs(h, weight, bias, labels, softcap):
 def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-
-# ---------------------------------------------------------------------- attention
-
-
-def shared_prompt_attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling=None,
-    sliding_window=None,
-    softcap=None,
-    segments=None,
-    **unused,
-):
-    """transformers' attention interface over one packed row: query (1, heads, T, D), key and value
-    with as many heads or a divisor of it  ->  (1, T, heads, D), None. segments as in
-    data.Packed."""
-    if segments is None:
-        raise ValueError(
-            f"attention {ATTENTION!r} needs segments: call the model through policy.PackedLM"
-        )
-    attend = functools.partial(
-        causal_attention, scaling=scaling, window=sliding_window, softcap=softcap
-    )
-    out = []
-    for start, n_prompt, n_chosen, n_rejected in segments:
-        prompt, first = start + n_prompt, start + n_prompt + n_chosen
-        q, k, v = (x[:, :, start:first] for x in (query, key, value))
-        out.append(attend(q, k, v))
-        if n_rejected:  # its keys are the prompt's and its own, chosen's left out
-            own = slice(first, first + n_rejected)
-            k, v = (torch.cat([x[:, :, start:prompt], x[:, :, own]], dim=2) for x in (key, value))
-            out.append(attend(query[:, :, own], k, v))
-    return torch.cat(out, dim=2).transpose(1, 2), None
-
-
-def causal_attention(q, k, v, scaling, window, softcap):
-    """q (1, heads, n, D) are the last n positions of the sequence that k and v (1, kv_heads, m, D)
-    cover."""
-    n, m = q.shape[2], k.shape[2]
-    windowed = window is not None and m > window
-    mask = None
-    if n < m or windowed or softcap is not None:  # the diagonal ends in the lower right corner
-        mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
-        if windowed:
-            mask = mask.triu(m - n - window + 1)
-    if softcap is None:
-        gqa = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
-        )
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * scaling / softcap)
-    return at_least_fp32(scores).masked_fill(~mask, float("-inf")).softmax(-1).to(q.dtype) @ v
-
-
-AttentionInterface.register(ATTENTION, shared_prompt_attention)
 
 # ---------------------------------------------------------------------- loading
 
@@ -160,16 +108,27 @@ def check_config(config, max_length: int):
         raise ValueError(f"max_length {max_length} is beyond the model's {positions} positions")
 
 
-def load_lm(name: str, dtype: torch.dtype, checkpointing: bool = False) -> PackedLM:
-    """A Hub id or a folder -> PackedLM with its weights in dtype, dropout off. checkpointing
-    keeps only the layers' inputs and computes each layer again in backward."""
-    model = AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False
-    )
+def load_lm(
+    name: str,
+    dtype: torch.dtype,
+    checkpointing: bool = False,
+    attention_kind: str = "loop",
+    shell: str | None = None,
+) -> PackedLM:
+    """A Hub id or a folder -> PackedLM with its weights in dtype, dropout off. shell is a
+    device, such as "meta": the same module there, its weights not read. checkpointing keeps only
+    the layers' inputs and computes each layer again in backward."""
+    settings = dict(attn_implementation=attention.NAME, trust_remote_code=False, dtype=dtype)
+    if shell is None:
+        model = AutoModelForCausalLM.from_pretrained(name, **settings)
+    else:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        with torch.device(shell):
+            model = AutoModelForCausalLM.from_config(config, **settings)
     model.eval()  # for good: dropout would make policy and reference differ before the first step
     if checkpointing:
         for layer in model.base_model.layers:
             layer.forward = functools.partial(
                 checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
             )
-    return PackedLM(model)
+    return PackedLM(model, attention_kind)

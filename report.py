@@ -6,7 +6,6 @@ update; a column that a setting has no value for stays empty.
 
 import csv
 import json
-import math
 import os
 import platform
 import resource
@@ -94,16 +93,24 @@ def neutral_values(args) -> str:
     )
 
 
-def print_header(run, tokenizer, data, held_out):
-    args, per_rank = run.args, run.args.batch_size // run.world
+def gigabytes(needs: dict) -> str:
+    """estimate.memory's parts, in GiB."""
+    parts = ", ".join(f"{part} {n / 2**30:.2f}" for part, n in needs.items())
+    return f"memory per rank, estimated: {sum(needs.values()) / 2**30:.2f} GB ({parts})"
+
+
+def print_header(run, tokenizer, data, held_out, cut, needs):
+    args = run.args
     print0(" ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
-    size = min(args.micro_batch_size, per_rank)
+    forwards = f"{cut.fewest}" if cut.fewest == cut.most else f"{cut.fewest} to {cut.most}"
     print0(
-        f"{args.batch_size} pairs/step = {run.world} rank(s) x {math.ceil(per_rank / size)}"
-        f" forward(s) of up to {size} pairs; {len(data.triplets)} pairs ="
+        f"{args.batch_size} pairs/step = {run.world} rank(s) x {forwards} forward(s) of up to"
+        f" {args.micro_batch_size} pairs and {args.micro_tokens:,} tokens, the busiest rank"
+        f" {cut.imbalance:.1%} above the mean; {len(data.triplets)} pairs ="
         f" {run.steps_per_epoch} steps/epoch, {len(data.triplets) % args.batch_size} left over;"
         f" {run.max_steps} steps"
     )
+    print0(f"attention: {run.policy.attention_kind}; {gigabytes(needs)}")
     print0(f"data: {data.summary()}; fingerprint {data.fingerprint}")
     if held_out:
         print0(f"held out: {held_out.summary()}")
@@ -127,8 +134,8 @@ def is_module(x):
 
 FREE = (  # what may change when a run is resumed: its result stays the same
     "preset dataset split chat_template eval_split eval_every final_eval micro_batch_size"
-    " checkpointing save_every keep timeout stop_after epochs max_steps out_dir resume versions"
-    " device ranks held_out_fingerprint pairs dropped notes steps_per_epoch"
+    " micro_tokens attention checkpointing save_every keep timeout stop_after epochs max_steps"
+    " out_dir resume versions device ranks held_out_fingerprint pairs dropped notes steps_per_epoch"
 ).split()
 
 

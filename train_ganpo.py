@@ -25,9 +25,13 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer
 
+import attention
 import distributed
+import estimate
 import miniature
 import report
 from checkpoint import (
@@ -41,7 +45,15 @@ from checkpoint import (
     save_discriminators,
     save_state,
 )
-from data import InputError, batch_indices, check_model_name, first_line, load_pairs, pack
+from data import (
+    InputError,
+    batch_indices,
+    check_model_name,
+    first_line,
+    load_pairs,
+    pack,
+    plan_forwards,
+)
 from discriminator import build_discriminator
 from distributed import all_ranks, print0
 from generate import quiet
@@ -149,11 +161,14 @@ def parse_args(argv):
     add("--grad_clip", type=positive, default=1.0, help="norm of the policy's gradient [1, ours]")
     add("--batch_size", type=count, help="pairs per step over all ranks [128, App. B; mini 32]")
     add("--micro_batch_size", type=count, default=8, help="pairs per forward and rank [8, ours]")
+    add("--micro_tokens", type=count, default=16384, help="their tokens at most [16384, ours]")
     add("--epochs", type=count, default=1, help="[1, App. B]")
     add("--max_steps", type=count, help="[all of the epochs']")
     add("--stop_after", type=count, help="end after so many steps, schedule unchanged [never]")
     add("--dtype", choices=DTYPES, help="of compute; weights stay float32 [bfloat16; mini float32]")
     add("--checkpointing", action="store_true", help="recompute layers in backward [off, ours]")
+    kinds = ["auto", *attention.LAYOUTS]
+    add("--attention", choices=kinds, default="auto", help="[by device, precision and model]")
     add = parser.add_argument_group("running").add_argument
     add("--save_every", type=natural, help="steps between states, 0: at the end [50; mini 0]")
     add("--keep", type=count, default=2, help="newest states that stay [2]")
@@ -195,7 +210,7 @@ def parse_args(argv):
 # ---------------------------------------------------------------------- set-up
 
 
-def check_input(args, world):
+def check_input(args, world, device):
     """All that can be refused before a weight is read -> tokenizer, config, data, held-out data."""
     if (
         args.dtype == "bfloat16"
@@ -219,6 +234,8 @@ def check_input(args, world):
     except Exception as error:  # transformers and tokenizers raise what they like
         models = " ".join(dict.fromkeys((args.model, args.ref_model)))
         raise InputError(f"--model {models}: {first_line(error)}") from None
+    for c in (config, ref_config):
+        attention.choose(args.attention, c, device, DTYPES[args.dtype])
     if args.lambda_adv > 0 and config.hidden_size != ref_config.hidden_size:
         sizes = f"{config.hidden_size}, of the reference {ref_config.hidden_size}"
         raise InputError(f"hidden size of the policy {sizes}: their latents cannot be compared")
@@ -252,37 +269,86 @@ def critic_settings(args, config):
     return {"kind": args.disc, "hidden_size": config.hidden_size} | sizes | common
 
 
+def build_critics(args, config):
+    """Both discriminators, or None where the settings need none."""
+    if args.lambda_adv == 0 or args.disc == "mse":
+        return None
+    # replicated, being small: built alike on every rank from one CPU seed; forking the generator
+    # leaves what follows as it is at lambda 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        settings = critic_settings(args, config)
+        return torch.nn.ModuleDict(
+            {name: build_discriminator(**settings) for name in ("disc_pos", "disc_neg")}
+        )
+
+
+def needs_reference(args):
+    return OPO_LOSSES[args.loss].needs_ref or args.lambda_adv > 0
+
+
 def build(args, config, device):
     """Models, critics and optimisers, only those that the settings need -> `run`, as the rest takes
     it."""
     dtype, run = DTYPES[args.dtype], SimpleNamespace(args=args, device=device)
     run.rank, run.world = dist.get_rank(), dist.get_world_size()
+    mesh = distributed.make_mesh(device)
     master = torch.promote_types(dtype, torch.float32)  # bf16 would round updates of 5e-7 away
-    lm = load_lm(args.model, master, args.checkpointing).to(device)
-    run.policy = distributed.shard(lm, device, dtype)
+
+    def load(name, *settings):
+        kind = attention.choose(args.attention, AutoConfig.from_pretrained(name), device, dtype)
+        loader = partial(load_lm, name, *settings, attention_kind=kind)
+        return distributed.load_sharded(loader, mesh, device, dtype, f"--model {name}:")
+
+    run.policy = load(args.model, master, args.checkpointing)
     assert {p.dtype for p in run.policy.parameters()} == {master}
     run.optimizer = torch.optim.AdamW(
         run.policy.parameters(), args.lr, (0.9, 0.999), weight_decay=args.weight_decay, fused=True
     )
-    run.ref = run.critics = run.critic_optimizer = None
-    if OPO_LOSSES[args.loss].needs_ref or args.lambda_adv > 0:
-        ref = load_lm(args.ref_model, dtype).requires_grad_(False).to(device)
-        run.ref = distributed.shard(ref, device, dtype)
-    if args.lambda_adv > 0 and args.disc != "mse":
-        # replicated, being small: built alike on every rank from one CPU seed; forking the
-        # generator leaves what follows as it is at lambda 0
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(args.seed)
-            settings = critic_settings(args, config)
-            critics = {j: build_discriminator(**settings) for j in ("disc_pos", "disc_neg")}
-        run.critics = torch.nn.ModuleDict(critics).to(device, master)
+    run.ref = run.critic_optimizer = None
+    if needs_reference(args):
+        run.ref = load(args.ref_model, dtype).requires_grad_(False)
+    run.critics = build_critics(args, config)
+    if run.critics:
+        run.critics.to(device, master)
         distributed.assert_equal_on_ranks(run.critics)
         run.critic_optimizer = torch.optim.AdamW(  # [choice 10]
             run.critics.parameters(), args.disc_lr, weight_decay=0.01
         )
-    bf16 = device.type == "cuda" and dtype == torch.bfloat16
-    run.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)  # [choice 10]
+    run.autocast = autocast(device, dtype, device)
     return run
+
+
+def autocast(device, dtype, tensors):
+    """Of the critics' products on a device, here of tensors that may lie on another [choice 10]."""
+    bf16 = device.type == "cuda" and dtype == torch.bfloat16
+    return partial(torch.autocast, tensors.type, torch.bfloat16, enabled=bf16)
+
+
+def needed_memory(args, config, cut, device) -> dict[str, float]:
+    """Bytes by part at the peak of a step, of models that have no weights yet. InputError if what
+    is certainly there at once is more than this device has."""
+    run = SimpleNamespace(args=args, ref=None)
+    run.autocast = autocast(device, DTYPES[args.dtype], torch.device("cpu"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        load = partial(load_lm, dtype=DTYPES[args.dtype], shell="cpu")
+        run.policy = load(args.model, checkpointing=args.checkpointing)
+        if needs_reference(args):
+            run.ref = load(args.ref_model).requires_grad_(False)
+        run.critics = build_critics(args, config)
+        if attention.choose(args.attention, config, device, DTYPES[args.dtype]) == "flex":
+            for layer in run.policy.model.base_model.layers:  # its kernel keeps no scores
+                layer.self_attn.attn_logit_softcapping = None
+        forward = partial(forward_pairs, run, sums=defaultdict(float))
+        needs = estimate.memory(run, forward, cut, distributed.sharing_ranks())
+    certain = sum(needs[part] for part in ("weights, moments, gradients", "reference", "graphs"))
+    there = estimate.available(device)
+    if certain > there:
+        raise InputError(
+            f"{report.gigabytes(needs)} on each rank, {there / 2**30:.0f} GB there:"
+            " --checkpointing, a smaller --micro_tokens or more ranks need less"
+        )
+    return needs
 
 
 def rise(step, steps):
@@ -324,12 +390,16 @@ def rewards(lp, args):
 
 
 def own_scores(run, h, mask):
-    """Latents (2b, L, H), chosen first -> (2, b): disc_pos on chosen, disc_neg on rejected."""
+    """Latents (2b, L, H), chosen first -> (2, b): disc_pos on chosen, disc_neg on rejected. With
+    --checkpointing they too keep their inputs only."""
     pos, neg = mask.chunk(2)
+    quads = ("disc_pos", h[: len(pos)], pos), ("disc_neg", h[len(pos) :], neg)
     with run.autocast():
-        s_pos = run.critics["disc_pos"](h[: len(pos)], pos)
-        s_neg = run.critics["disc_neg"](h[len(pos) :], neg)
-    return torch.stack([s_pos, s_neg])
+        if run.args.checkpointing and torch.is_grad_enabled():
+            scores = [checkpoint(run.critics[k], *x, use_reentrant=False) for k, *x in quads]
+        else:
+            scores = [run.critics[k](*x) for k, *x in quads]
+    return torch.stack(scores)
 
 
 def quad_scores(run, h_ref, h_theta, mask):
@@ -384,6 +454,29 @@ def adversarial_gradient(run, s_theta, s_ref):
     return loss.detach(), grad.chunk(run.world, dim=-1)[run.rank]
 
 
+def forward_pairs(run, batch, sums):
+    """Lines 7-12 on one micro-batch -> what the step needs of it, with graphs: losses (b,); latents
+    h and h_ref (2b, L, H) with their mask, or mse (b,) for --disc mse; scores of detached latents
+    (2, 3, b). Adds to the sums over pairs that become metrics."""
+    args, adversarial = run.args, run.args.lambda_adv > 0
+    out = SimpleNamespace(scores=None)
+    probe = add_squares(sums, "opo_grad") if adversarial else None
+    lp, h, h_ref = two_models(run, batch, probe)
+    out.losses = OPO_LOSSES[args.loss](lp, args)
+    sum_pairs(sums, lp, out.losses, batch, args)
+    if run.ref:
+        out.h, h_ref, out.mask = h[batch.gather], h_ref[batch.gather], batch.mask
+        with torch.set_grad_enabled(adversarial and args.disc == "mse"):
+            out.mse = latent_mse(at_least_fp32(out.h), at_least_fp32(h_ref), batch.mask) / 2
+        sums["latent_mse"] += out.mse.detach().sum()
+    if adversarial:
+        h.register_hook(add_squares(sums, "adv_grad"))
+    if run.critics:
+        out.scores = quad_scores(run, h_ref, out.h.detach(), batch.mask)
+        out.h_ref = h_ref if args.mean == "batch" else None  # else needed no more
+    return out
+
+
 def train_step(run, batches, step):
     """One step of Algorithm 1 on this rank's micro-batches -> metrics of the global batch, floats.
 
@@ -403,44 +496,33 @@ def train_step(run, batches, step):
         set_lr(run.critic_optimizer, args.disc_lr * factor)
         run.critics.requires_grad_(True).train()
 
-    # lines 5-10: the batch, features of policy and reference
+    # lines 5-12: the batch, features of policy and reference, their scores
     for batch in batches:
-        probe = add_squares(sums, "opo_grad") if adversarial else None
-        lp, h, h_ref = two_models(run, batch, probe)
-        losses = OPO_LOSSES[args.loss](lp, args)
-        sum_pairs(sums, lp, losses, batch, args)
-        loss = losses.sum() * share
-        per_pair.append((batch.rows, losses.detach()[None]))
-        if run.ref:
-            h_theta, h_ref = h[batch.gather], h_ref[batch.gather]  # (2b, L, H)
-            with torch.set_grad_enabled(adversarial and args.disc == "mse"):
-                mse = latent_mse(at_least_fp32(h_theta), at_least_fp32(h_ref), batch.mask) / 2
-            sums["latent_mse"] += mse.detach().sum()
-        if adversarial:
-            h.register_hook(add_squares(sums, "adv_grad"))
-        if run.critics:  # line 12, on detached latents
-            scores = quad_scores(run, h_ref, h_theta.detach(), batch.mask)
-            per_pair.append((batch.rows, scores.detach().flatten(0, 1)))
-            kept.append(SimpleNamespace(loss=loss, scores=scores, h=h_theta, mask=batch.mask))
-            kept[-1].h_ref = h_ref if args.mean == "batch" else None  # else needed no more
+        out = forward_pairs(run, batch, sums)
+        per_pair += [
+            (batch.rows, x.detach()) for x in (out.losses[None], out.scores) if x is not None
+        ]
+        loss = out.losses.sum() * share
+        if run.critics:
+            kept.append((loss, out))
         else:
-            (loss + lambda_adv * share * mse.sum() if adversarial else loss).backward()
+            (loss + lambda_adv * share * out.mse.sum() if adversarial else loss).backward()
 
     metrics = {}
     if run.critics:
         # lines 13-19: the discriminators
-        scores = all_ranks(torch.cat([k.scores for k in kept], dim=-1))
+        scores = all_ranks(torch.cat([out.scores for _, out in kept], dim=-1))
         metrics |= update_critics(run, scores, step)
         # lines 20-24: the policy, through the updated and now frozen discriminators [choice 6]
         run.critics.requires_grad_(False).eval()
-        s_theta, s_ref = [own_scores(run, k.h, k.mask) for k in kept], None
+        s_theta, s_ref = [own_scores(run, out.h, out.mask) for _, out in kept], None
         if args.mean == "batch":
-            s_ref = torch.cat([own_scores(run, k.h_ref, k.mask) for k in kept], dim=-1)
+            s_ref = torch.cat([own_scores(run, out.h_ref, out.mask) for _, out in kept], dim=-1)
         metrics["loss_adv"], grad = adversarial_gradient(run, torch.cat(s_theta, dim=-1), s_ref)
-        for s, g in zip(s_theta, grad.split([s.shape[-1] for s in s_theta], dim=-1), strict=True):
+        for g in grad.split([s.shape[-1] for s in s_theta], dim=-1):
             # the chain rule by hand: g is dL_adv/ds, and FSDP2 will average over ranks
-            loss = kept.pop(0).loss + lambda_adv * run.world * (g * s).sum()
-            loss.backward()
+            (loss, _), s = kept.pop(0), s_theta.pop(0)
+            (loss + lambda_adv * run.world * (g * s).sum()).backward()
     norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), args.grad_clip)
     metrics["grad_norm"] = norm.full_tensor()
     metrics = reduce_metrics(sums, metrics, args)
@@ -465,7 +547,7 @@ def offenders(per_pair) -> list[int]:
     mine = [
         (row, finite)
         for rows, values in per_pair
-        for row, finite in zip(rows, values.isfinite().all(0).tolist(), strict=True)
+        for row, finite in zip(rows, values.isfinite().flatten(0, -2).all(0).tolist(), strict=True)
     ]
     shares = [None] * dist.get_world_size()
     dist.all_gather_object(shares, mine)
@@ -555,25 +637,29 @@ def check_start(run, batch):
 # ---------------------------------------------------------------------- the loop
 
 
+def my_share(run, triplets):
+    """This rank's pairs, forward by forward."""
+    args = run.args
+    parts = plan_forwards(triplets, run.world, args.micro_batch_size, args.micro_tokens)
+    return [part[run.rank] for part in parts]
+
+
 def micro_batches(run, data, step):
     """This rank's share of the step's pairs, in as many micro-batches on every rank."""
     indices = batch_indices(step, len(data.triplets), run.args.batch_size, run.args.seed)
-    mine, size = indices.reshape(run.world, -1)[run.rank], run.args.micro_batch_size
-    for i in range(0, len(mine), size):
-        yield pack([data.triplets[j] for j in mine[i : i + size]]).to(run.device)
+    for mine in my_share(run, [data.triplets[i] for i in indices]):
+        yield pack(mine).to(run.device)
 
 
 @torch.no_grad()
 def evaluate(run, triplets):
     """Held-out pairs under --loss -> loss, accuracy, margin, exact means over pairs and ranks; None
     if a signal ends it."""
-    size = run.args.micro_batch_size
     totals = torch.zeros(4, dtype=torch.float64, device=run.device)
-    for first in range(0, len(triplets), size * run.world):
+    for mine in my_share(run, triplets):
         if run.signals.anywhere(run.device):
             return None
-        mine = triplets[first + run.rank * size :][:size]
-        # every rank runs as many forwards: one that has no pairs left repeats one, with weight 0
+        # a rank without pairs in the last forward repeats one, with weight 0
         lp, *_ = two_models(run, pack(mine or triplets[:1]).to(run.device))
         chosen, rejected = rewards(lp, run.args)
         loss, margin = OPO_LOSSES[run.args.loss](lp, run.args), chosen - rejected
@@ -632,7 +718,9 @@ def train(args, argv, stack):
     world = miniature.ROOT / f"seed{args.seed}"
     if world in (Path(args.model).parent, Path(args.dataset).parent):  # built at first use
         distributed.from_rank_0(lambda: miniature.build(args.seed, log=print0), "miniature:")
-    tokenizer, config, data, held_out = check_input(args, dist.get_world_size())
+    tokenizer, config, data, held_out = check_input(args, dist.get_world_size(), device)
+    cut = estimate.survey(data.triplets, args, dist.get_world_size())
+    needs = needed_memory(args, config, cut, device)
     out_dir = claim_out_dir(args, stack)
     args.out_dir = str(out_dir)
     run = build(args, config, device)
@@ -642,7 +730,7 @@ def train(args, argv, stack):
     run.max_steps = args.max_steps or run.steps_per_epoch * args.epochs
     last = min(run.max_steps, args.stop_after or run.max_steps)
     torch.manual_seed(args.seed + 1 + run.rank)  # the critics' dropout is the only noise to come
-    report.print_header(run, tokenizer, data, held_out)
+    report.print_header(run, tokenizer, data, held_out, cut, needs)
     run_config = json.loads(json.dumps(report.config_of(run, data, held_out)))
     if args.resume:
         report.check_same(report.read_config(out_dir), run_config)

@@ -1,0 +1,103 @@
+"""What a run will hold, before a weight is read: its steps cut into forwards, and their memory,
+from the real forward on tensors without data.
+
+    cut = survey(triplets, args, ranks)                      # an epoch's steps
+    needs = memory(run, forward, cut, shards)                # bytes by part, on one rank
+    available(device)                                        # what there is
+"""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from data import Triplet, batch_indices, pack, plan_forwards, row_length
+from policy import rows_per_chunk
+
+
+class Survey(NamedTuple):
+    fewest: int  # forwards in a step
+    most: int
+    imbalance: float  # the busiest rank's tokens over the ranks' mean, minus 1, averaged over steps
+    forward: list[Triplet]  # the pairs of the longest row
+    row_tokens: int  # in it
+    step_tokens: int  # in all rows of a rank's heaviest step
+
+
+def survey(triplets, args, ranks) -> Survey:
+    """An epoch's steps, as the loop will cut them."""
+    counts, imbalance, longest, heaviest = [], [], [], 0
+    for step in range(len(triplets) // args.batch_size):
+        order = batch_indices(step, len(triplets), args.batch_size, args.seed)
+        pairs = [triplets[i] for i in order]
+        parts = plan_forwards(pairs, ranks, args.micro_batch_size, args.micro_tokens)
+        tokens = np.array([[sum(map(row_length, mine)) for mine in part] for part in parts])
+        counts.append(len(parts))
+        imbalance.append(tokens.sum(0).max() / tokens.sum(0).mean() - 1)
+        heaviest = max(heaviest, tokens.sum(0).max())
+        at = np.unravel_index(tokens.argmax(), tokens.shape)
+        longest = max(longest, parts[at[0]][at[1]], key=lambda p: sum(map(row_length, p)))
+    row = sum(map(row_length, longest))
+    return Survey(min(counts), max(counts), float(np.mean(imbalance)), longest, row, int(heaviest))
+
+
+def memory(run, forward, cut: Survey, shards: int) -> dict[str, float]:
+    """Bytes on one rank at the peak of a step, by part. run holds the players as fake tensors in
+    the dtype of compute, forward(batch) is that of a micro-batch."""
+    batch = pack(cut.forward)
+    tokens = cut.step_tokens if run.critics else cut.row_tokens
+    lm = run.policy.model
+    size = next(lm.parameters()).element_size()  # of compute
+    master = max(4, size)
+    weights = sum(p.numel() for p in lm.parameters())
+    layers = sum(p.numel() for p in lm.base_model.layers.parameters())
+    per_token = kept_bytes(lambda: forward(batch), run) / cut.row_tokens
+    vocabulary = lm.get_output_embeddings().weight.shape[0]
+    rows = min(rows_per_chunk(vocabulary), len(batch.labels))
+    models = 1 if run.ref is None else 2
+    critics = sum(p.numel() for p in run.critics.parameters()) if run.critics else 0
+    return {
+        "weights, moments, gradients": 4 * master * (weights / shards + critics),
+        "reference": (models - 1) * size * weights / shards,
+        # embedding and head of each model stay whole during a step, with a gradient; of the layers
+        # the one in use and the next do
+        "unsharded": (models + 1) * size * (weights - layers)
+        + 3 * size * layers / len(lm.base_model.layers),
+        # a chunk's logits, their softmax and its gradient, twice the first and last in bfloat16
+        "logits": rows * vocabulary * {2: 16, 4: 12, 8: 24}[size],
+        "graphs": per_token * tokens,
+    }
+
+
+def kept_bytes(forward, run) -> int:
+    """Of what forward() returns and autograd keeps for its backward, each storage once, the
+    players' own weights left out."""
+    kept = {}
+
+    def note(x):
+        kept[x.untyped_storage()._cdata] = x.untyped_storage()
+        return x
+
+    with saved_tensors_hooks(note, lambda x: x):
+        out = forward()
+    for x in vars(out).values():
+        if torch.is_tensor(x):
+            note(x)
+    players = [m for m in (run.policy, run.ref, run.critics) if m is not None]
+    for p in (p for module in players for p in module.parameters()):
+        kept.pop(p.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def available(device: torch.device) -> float:
+    """Bytes that one rank may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    container = Path("/sys/fs/cgroup/memory.max")
+    if container.exists() and (text := container.read_text().strip()) != "max":
+        limits.append(int(text))
+    return min(limits) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
