@@ -17,8 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import varlen
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
 
 from data import InputError, move
@@ -135,7 +133,11 @@ class Varlen:
                 keys.append(n_prompt + n_rejected)
                 index += [np.arange(start, start + n_prompt)]
                 index += [np.arange(first, first + n_rejected)]
-        device = batch.ids.device
+        # a second to import, so only where it is needed
+        from torch.nn.attention.varlen import varlen_attn
+
+        device, self.kernel = batch.ids.device, varlen_attn
+        self.takes_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
         self.index = tensor_on(np.concatenate(index), device)
         self.ends = [tensor_on(np.cumsum([0, *n], dtype=np.int32), device) for n in (queries, keys)]
         self.longest = max(queries), max(keys)
@@ -144,16 +146,14 @@ class Varlen:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
         k, v = k.index_select(0, self.index), v.index_select(0, self.index)
         gqa = {}
-        if q.shape[1] != k.shape[1] and TAKES_GQA:  # before torch 2.12 it was not asked for
+        if q.shape[1] != k.shape[1] and self.takes_gqa:  # before torch 2.12 nobody asked
             gqa = {"enable_gqa": True}
         left = -1 if window is None else window - 1  # keys before a query's own; -1 is all
-        out = varlen.varlen_attn(
+        out = self.kernel(
             q, k, v, *self.ends, *self.longest, scale=scaling, window_size=(left, 0), **gqa
         )
         return out[None]
 
-
-TAKES_GQA = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 
 # ---------------------------------------------------------------------- flex
 
@@ -168,9 +168,7 @@ class Flex:
     def attend(self, query, key, value, scaling, window, softcap) -> Tensor:
         if window not in self.masks:
             self.masks[window] = block_mask(self.segments, window, self.device)
-        # compiled on a GPU; whole, so that it fails rather than become a T x T product
-        attention = compiled() if query.is_cuda else flex_attention
-        out = attention(
+        out = flex_kernel(query.is_cuda)(
             query, key, value, soft_capped(softcap) if softcap else None, self.masks[window],
             scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
@@ -178,8 +176,11 @@ class Flex:
 
 
 @functools.cache
-def compiled():
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+def flex_kernel(cuda: bool):
+    """Compiled on a GPU; in one graph, so that it fails rather than become a T x T product."""
+    from torch.nn.attention.flex_attention import flex_attention  # slow to import, as above
+
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True) if cuda else flex_attention
 
 
 @functools.cache
@@ -205,9 +206,11 @@ def visible_ranges(segments, window) -> np.ndarray:
     return np.concatenate(ranges, axis=1)
 
 
-def block_mask(segments, window, device) -> BlockMask:
-    """Which blocks of keys a block of queries reads: wholly, in part (then by the ranges), or not
-    at all."""
+def block_mask(segments, window, device):
+    """-> a BlockMask: which blocks of keys a block of queries reads wholly, in part (then by the
+    ranges), or not at all."""
+    from torch.nn.attention.flex_attention import BlockMask  # slow to import, as above
+
     ranges = visible_ranges(segments, window)
     prompt_from, prompt_to, own_from = ranges
     T = ranges.shape[1]

@@ -3,6 +3,7 @@
     python bench.py [WORKLOAD]                               # DPO; without one, its own workload
     python bench.py --lambda_adv 1 --disc_hidden 512         # any flags of train_ganpo.py
     python bench.py WORKLOAD --vs "python peer.py WORKLOAD"  # in alternation, and the ratios
+    python bench.py --shape llama3-8b --estimate 8           # computed: memory, time on 8 GPUs
 
 WORKLOAD holds config.json, a transformers config that is initialised from seed 0, and pairs.jsonl,
 rows of prompt_ids, chosen_ids, rejected_ids. What is timed is train_ganpo.train_step itself: one
@@ -31,38 +32,59 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 import distributed
+import estimate
 import train_ganpo
-from data import InputError, Triplet, pack
+from data import InputError, Triplet, pack, row_length
 from generate import quiet
 
 NAMES = "prompt_ids", "chosen_ids", "rejected_ids"
-LENGTHS = (60, 20, 200), (130, 20, 400), (115, 20, 400)  # median, low, high: prompt and answers
+SHORT = (60, 20, 200), (130, 20, 400), (115, 20, 400)  # median, low, high: prompt and answers
+LONG = (90, 20, 1000), (240, 20, 1000), (220, 20, 1000)  # as UltraFeedback's
+SHAPES = {  # of --shape: a transformers config, lengths
+    "v32k": (
+        LlamaConfig(
+            vocab_size=32000, hidden_size=512, num_hidden_layers=8, num_attention_heads=8,
+            intermediate_size=1408,
+        ), SHORT,
+    ),
+    "gemma2-2b": (
+        Gemma2Config(
+            vocab_size=256000, hidden_size=2304, num_hidden_layers=26, num_attention_heads=8,
+            num_key_value_heads=4, head_dim=256, intermediate_size=9216,
+        ), LONG,
+    ),
+    "llama3-8b": (
+        LlamaConfig(
+            vocab_size=128256, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
+            num_key_value_heads=8, intermediate_size=14336, rope_theta=500000.0,
+        ), LONG,
+    ),
+}  # fmt: skip
 PEAKS = {"H200": 790e12, "H100": 790e12, "A100": 312e12}  # bf16 FLOP/s of a dense product
 ROUNDS = 3  # of each program under --vs
+RANK = int(os.environ.get("RANK", 0))
+ASSUMED_MFU, GPUS_PER_NODE = 0.45, 8  # of --estimate
 
 
 # ---------------------------------------------------------------------- the workload
 
 
-def make_workload(folder, pairs):
-    """A Llama of 58 million parameters; lengths spread like UltraFeedback's, a fourth as long."""
-    config = LlamaConfig(
-        vocab_size=32000, hidden_size=512, num_hidden_layers=8, num_attention_heads=8,
-        intermediate_size=1408, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+def make_workload(folder, shape, pairs):
+    config, lengths = SHAPES[shape]
     config.save_pretrained(folder)
     rng, lines = random.Random(0), []
 
     def ids(median, low, high):
         length = round(median * math.exp(rng.gauss(0, 0.7)))
-        return [rng.randrange(10, 32000) for _ in range(min(high, max(low, length)))]
+        return [rng.randrange(10, config.vocab_size) for _ in range(min(high, max(low, length)))]
 
     for _ in range(pairs):
-        row = {name: ids(*x) for name, x in zip(NAMES, LENGTHS, strict=True)}
+        row = {name: ids(*x) for name, x in zip(NAMES, lengths, strict=True)}
         lines.append(json.dumps(row) + "\n")
     (folder / "pairs.jsonl").write_text("".join(lines))
 
@@ -163,71 +185,109 @@ def peak_gb(device) -> float:
 
 def matrix_rate(device, dtype) -> float:
     """FLOP/s of a large product here, the best of several."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b, best = (torch.randn(n, n, device=device, dtype=dtype) for _ in "ab"), None, 0.0
-    a, b = a
-    clock = Clock(device)
-    for _ in range(10):
+    n, best, clock = 8192 if device.type == "cuda" else 2048, 0.0, Clock(device)
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    for _ in range(6):
         begin = clock.now()
         a @ b
         best = max(best, 2 * n**3 / (clock.now() - begin))
     return best
 
 
-def measure(args, train_args, triplets, model_dir) -> dict:
-    device = distributed.start(train_args.timeout)
-    config = AutoConfig.from_pretrained(model_dir)
+def model_flops(args, config, cut) -> float:
+    """Of one token of a packed row: the products of the policy's forward three times, as backward
+    takes two more, and of the reference's; nothing recomputed, no discriminator."""
+    with train_ganpo.players_without_weights(args, config) as run:
+        batch, flops = pack(cut.forward), 0
+        for lm, times in ((run.policy, 3), (run.ref, 1)):
+            if lm is not None:
+                with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                    lm(batch)
+                flops += times * counter.get_total_flops()
+    return flops / cut.row_tokens
+
+
+def measure(args, train_args, steps, model_dir) -> dict:
+    device, config = distributed.start(train_args.timeout), AutoConfig.from_pretrained(model_dir)
+    dtype = train_ganpo.DTYPES[train_args.dtype]
+    cut = estimate.survey(steps[1:], train_args, dist.get_world_size())
+    needs = train_ganpo.needed_memory(train_args, config, cut, device, distributed.sharing_ranks())
     run = train_ganpo.build(train_args, config, device)
     run.max_steps = args.steps + 2
 
     def batches(step, clock=None):
-        mine = triplets[step * args.batch_size :][: args.batch_size]
-        mine = mine[run.rank :: run.world]
-        for first in range(0, len(mine), train_args.micro_batch_size):
-            part = mine[first : first + train_args.micro_batch_size]
+        for mine in train_ganpo.my_forwards(run, steps[step]):
             load = clock.timed("data", pack) if clock else pack
-            yield load(part).to(device)
+            yield load(mine).to(device)
 
     train_ganpo.train_step(run, batches(0), 0)
+    rates = [matrix_rate(device, dtype)]
     reset_peak(device)
     seconds, tokens, sync = [], 0, Clock(device)
     for step in range(1, args.steps + 1):
         begin = sync.now()
         tokens += train_ganpo.train_step(run, batches(step), step)["tokens"]
         seconds.append(sync.now() - begin)
-    result = {
-        "tokens_per_s": tokens / sum(seconds),
-        "step_s": statistics.mean(seconds),
-        "peak_gb": peak_gb(device),
-    }
+    peak = peak_gb(device)
+    rates.append(matrix_rate(device, dtype))
     # one step more for what would disturb the others: its phases, then its operations counted
     clock = Clock(device)
     with clock.watching(run):
         train_ganpo.train_step(run, batches(args.steps, clock), args.steps + 1)
     clock.switch()
-    counter = FlopCounterMode(display=False)
-    with counter:
+    with FlopCounterMode(display=False) as counter:
         train_ganpo.train_step(run, batches(args.steps), args.steps + 1)
     flops = counter.get_total_flops()
-    rate = flops / seconds[-1]
-    peak = matrix_rate(device, torch.bfloat16 if args.bf16 else torch.float32)
-    result |= {"flops": flops, "tflops": rate / 1e12, "matrix_rate_share": rate / peak}
+    result = {
+        "tokens_per_s": tokens / sum(seconds),
+        "step_s": statistics.mean(seconds),
+        "peak_gb": peak,
+        "estimated_gb": sum(needs.values()) / 2**30,
+        "flops": flops,
+        "tflops": flops / seconds[-1] / 1e12,
+        "matrix_rate_share": flops / seconds[-1] / max(rates),
+        "phases": dict(clock.seconds),
+    }
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
-        result["mfu"] = next((rate / p for k, p in PEAKS.items() if k in name), None)
-    result["phases"] = dict(clock.seconds)
+        wanted = model_flops(train_args, config, cut) * packed_tokens(steps[-1]) / run.world
+        peaks = [wanted / seconds[-1] / p for k, p in PEAKS.items() if k in name]
+        result["mfu"] = peaks[0] if peaks else None
     distributed.stop()
     return result
 
 
+def packed_tokens(pairs) -> int:
+    return sum(map(row_length, pairs))
+
+
 def show(result):
     print(f"{result['tokens_per_s']:,.0f} tokens/s, {result['step_s']:.2f} s per step,"
-          f" peak {result['peak_gb']:.2f} GB, {result['tflops']:.3f} TFLOP/s as executed,"
+          f" peak {result['peak_gb']:.2f} GB (estimated {result['estimated_gb']:.2f}),"
+          f" {result['tflops']:.3f} TFLOP/s as executed,"
           f" {result['matrix_rate_share']:.0%} of the matrix rate measured here"
           + (f", MFU {result['mfu']:.0%}" if result.get("mfu") else ""))  # fmt: skip
     total = sum(result["phases"].values())
     for phase, s in sorted(result["phases"].items(), key=lambda x: -x[1]):
         print(f"    {phase:<16}{s:8.3f} s {s / total:6.1%}")
+
+
+def compute(args, train_args, steps, model_dir):
+    """--estimate: nothing is run."""
+    ranks, config = args.estimate, AutoConfig.from_pretrained(model_dir)
+    cut = estimate.survey(steps, train_args, ranks)
+    shards = min(ranks, GPUS_PER_NODE)
+    gpu = torch.device("cuda")
+    needs = train_ganpo.needed_memory(train_args, config, cut, gpu, shards)
+    tokens = statistics.mean(map(packed_tokens, steps))
+    flops = model_flops(train_args, config, cut) * tokens
+    seconds = flops / ranks / (ASSUMED_MFU * PEAKS["H200"])
+    print(f"{cut.fewest} to {cut.most} forwards per step, {cut.imbalance:.1%} imbalance;"
+          f" {estimate.gigabytes(needs)}")  # fmt: skip
+    print(
+        f"{flops / 1e12:,.0f} TFLOP per step of {tokens:,.0f} tokens in rows: {seconds:.2f} s"
+        f" on {ranks} H200 at an assumed MFU of {ASSUMED_MFU:.0%}, communication hidden"
+    )
 
 
 # ---------------------------------------------------------------------- two programs
@@ -255,39 +315,51 @@ def versus(argv, other):
             print(f"    {key:<36}{a:10.2f}{b:10.2f}{a / b:10.2f}")
 
 
+def run_here(workload, args, flags, folder) -> dict | None:
+    pairs = args.batch_size * (args.steps + 1)
+    if not workload:
+        make_workload(folder, args.shape, pairs)
+        workload = folder
+    triplets = read_workload(workload, pairs)
+    steps = [triplets[i : i + args.batch_size] for i in range(0, pairs, args.batch_size)]
+    config, model_dir = AutoConfig.from_pretrained(workload), str(folder / "model")
+    config.save_pretrained(model_dir)
+    given = [f"--model={model_dir}", f"--batch_size={args.batch_size}", "--lambda_adv=0"]
+    given += ["--max_length=2048", *["--dtype=bfloat16"] * args.bf16]
+    train_args = train_ganpo.parse_args(given + flags)
+    if args.estimate:
+        return compute(args, train_args, steps, model_dir)
+    if RANK == 0:  # who alone will read the weights
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(model_dir)
+    return measure(args, train_args, steps, model_dir)
+
+
 def main():
     quiet()
-    parser = argparse.ArgumentParser("bench.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("workload", nargs="?", type=Path)
+    argv = sys.argv[1:]  # the folder comes first: argparse would take an unknown flag's value
+    workload = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else None
+    usage = "bench.py [WORKLOAD] [--flag value ...]; other flags are train_ganpo.py's"
+    parser = argparse.ArgumentParser("bench.py", usage, __doc__.split("\n\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, default="v32k", help="of its own workload")
     parser.add_argument("--batch_size", type=int, default=8, help="pairs per step")
     parser.add_argument("--steps", type=int, default=2, help="timed ones")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--json", action="store_true", help="an object as the last line")
     parser.add_argument("--vs", metavar="COMMAND", help="another program, in alternation")
-    args, flags = parser.parse_known_args()
+    parser.add_argument("--estimate", type=int, metavar="RANKS", help="compute, run nothing")
+    args, flags = parser.parse_known_args(argv)
     try:
         if args.vs:
-            argv = sys.argv[1:]
-            at = argv.index("--vs")
-            return versus(argv[:at] + argv[at + 2 :], args.vs)
-        pairs = args.batch_size * (args.steps + 1)
+            at = sys.argv.index("--vs")
+            return versus(sys.argv[1:at] + sys.argv[at + 2 :], args.vs)
         with tempfile.TemporaryDirectory() as folder:
-            workload = args.workload or Path(folder)
-            if not args.workload:
-                make_workload(workload, pairs)
-            triplets = read_workload(workload, pairs)
-            torch.manual_seed(0)
-            model_dir = str(Path(folder, "model"))
-            config = AutoConfig.from_pretrained(workload)
-            AutoModelForCausalLM.from_config(config).save_pretrained(model_dir)
-            given = [f"--model={model_dir}", f"--batch_size={args.batch_size}", "--lambda_adv=0"]
-            given += ["--max_length=2048", *["--dtype=bfloat16"] * args.bf16]
-            result = measure(args, train_ganpo.parse_args(given + flags), triplets, model_dir)
+            done = run_here(workload, args, flags, Path(folder))
     except InputError as error:
         sys.exit(f"bench.py: {error}")
-    if os.environ.get("RANK", "0") == "0":
-        show(result)
-        print(*[json.dumps(result)] * args.json)
+    if done and RANK == 0:
+        show(done)
+        print(*[json.dumps(done)] * args.json)
 
 
 if __name__ == "__main__":

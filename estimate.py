@@ -1,9 +1,9 @@
 """What a run will hold, before a weight is read: its steps cut into forwards, and their memory,
 from the real forward on tensors without data.
 
-    cut = survey(triplets, args, ranks)                      # an epoch's steps
-    needs = memory(run, forward, cut, shards)                # bytes by part, on one rank
-    available(device)                                        # what there is
+    cut = survey(steps, args, ranks)             # how their pairs will be cut into forwards
+    needs = memory(run, forward, cut, shards)    # bytes by part, on one rank
+    refuse_what_cannot_fit(needs, device)
 """
 
 import os
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from data import Triplet, batch_indices, pack, plan_forwards, row_length
+from data import InputError, Triplet, pack, plan_forwards, row_length
 from policy import rows_per_chunk
 
 
@@ -27,12 +27,10 @@ class Survey(NamedTuple):
     step_tokens: int  # in all rows of a rank's heaviest step
 
 
-def survey(triplets, args, ranks) -> Survey:
-    """An epoch's steps, as the loop will cut them."""
+def survey(steps, args, ranks) -> Survey:
+    """steps: each one's pairs. How the loop will cut them."""
     counts, imbalance, longest, heaviest = [], [], [], 0
-    for step in range(len(triplets) // args.batch_size):
-        order = batch_indices(step, len(triplets), args.batch_size, args.seed)
-        pairs = [triplets[i] for i in order]
+    for pairs in steps:
         parts = plan_forwards(pairs, ranks, args.micro_batch_size, args.micro_tokens)
         tokens = np.array([[sum(map(row_length, mine)) for mine in part] for part in parts])
         counts.append(len(parts))
@@ -101,3 +99,19 @@ def available(device: torch.device) -> float:
     if container.exists() and (text := container.read_text().strip()) != "max":
         limits.append(int(text))
     return min(limits) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def gigabytes(needs: dict) -> str:
+    parts = ", ".join(f"{part} {n / 2**30:.2f}" for part, n in needs.items())
+    return f"memory per rank, estimated: {sum(needs.values()) / 2**30:.2f} GB ({parts})"
+
+
+def refuse_what_cannot_fit(needs: dict, device: torch.device):
+    """InputError where what is certainly there at once is more than the device has."""
+    certain = sum(needs[part] for part in ("weights, moments, gradients", "reference", "graphs"))
+    there = available(device)
+    if certain > there:
+        raise InputError(
+            f"{gigabytes(needs)}; there: {there / 2**30:.2f} GB. More ranks, --checkpointing, or"
+            " without a discriminator a smaller --micro_tokens need less"
+        )

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import estimate
 from data import InputError
 from distributed import print0
 from losses import LN2
@@ -93,24 +94,20 @@ def neutral_values(args) -> str:
     )
 
 
-def gigabytes(needs: dict) -> str:
-    """estimate.memory's parts, in GiB."""
-    parts = ", ".join(f"{part} {n / 2**30:.2f}" for part, n in needs.items())
-    return f"memory per rank, estimated: {sum(needs.values()) / 2**30:.2f} GB ({parts})"
-
-
 def print_header(run, tokenizer, data, held_out, cut, needs):
     args = run.args
     print0(" ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
     forwards = f"{cut.fewest}" if cut.fewest == cut.most else f"{cut.fewest} to {cut.most}"
+    ranks = f"{run.world} rank(s)"
+    if run.world > 1:
+        ranks += f" (the busiest {cut.imbalance:.1%} above their mean)"
     print0(
-        f"{args.batch_size} pairs/step = {run.world} rank(s) x {forwards} forward(s) of up to"
-        f" {args.micro_batch_size} pairs and {args.micro_tokens:,} tokens, the busiest rank"
-        f" {cut.imbalance:.1%} above the mean; {len(data.triplets)} pairs ="
-        f" {run.steps_per_epoch} steps/epoch, {len(data.triplets) % args.batch_size} left over;"
+        f"{args.batch_size} pairs/step = {ranks} x {forwards} forward(s) of up to"
+        f" {args.micro_batch_size} pairs, {args.micro_tokens:,} tokens; {len(data.triplets)} pairs"
+        f" = {run.steps_per_epoch} steps/epoch, {len(data.triplets) % args.batch_size} left over;"
         f" {run.max_steps} steps"
     )
-    print0(f"attention: {run.policy.attention_kind}; {gigabytes(needs)}")
+    print0(f"attention: {run.policy.attention_kind}; {estimate.gigabytes(needs)}")
     print0(f"data: {data.summary()}; fingerprint {data.fingerprint}")
     if held_out:
         print0(f"held out: {held_out.summary()}")

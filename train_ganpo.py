@@ -18,7 +18,7 @@ import shlex
 import sys
 import time
 from collections import defaultdict
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -325,30 +325,29 @@ def autocast(device, dtype, tensors):
     return partial(torch.autocast, tensors.type, torch.bfloat16, enabled=bf16)
 
 
-def needed_memory(args, config, cut, device) -> dict[str, float]:
-    """Bytes by part at the peak of a step, of models that have no weights yet. InputError if what
-    is certainly there at once is more than this device has."""
-    run = SimpleNamespace(args=args, ref=None)
-    run.autocast = autocast(device, DTYPES[args.dtype], torch.device("cpu"))
+@contextmanager
+def players_without_weights(args, config):
+    """The `run` that forward_pairs takes, of tensors that have shapes only."""
+    dtype, run = DTYPES[args.dtype], SimpleNamespace(args=args, ref=None)
+    run.critics = build_critics(args, config)  # real, being small
     with FakeTensorMode(allow_non_fake_inputs=True):
-        load = partial(load_lm, dtype=DTYPES[args.dtype], shell="cpu")
+        load = partial(load_lm, dtype=dtype, shell="cpu")
         run.policy = load(args.model, checkpointing=args.checkpointing)
         if needs_reference(args):
             run.ref = load(args.ref_model).requires_grad_(False)
-        run.critics = build_critics(args, config)
-        if attention.choose(args.attention, config, device, DTYPES[args.dtype]) == "flex":
+        yield run
+
+
+def needed_memory(args, config, cut, device, shards) -> dict[str, float]:
+    """Bytes by part at the peak of a step, of models that have no weights yet."""
+    dtype = DTYPES[args.dtype]
+    with players_without_weights(args, config) as run:
+        run.autocast = autocast(device, dtype, torch.device("cpu"))
+        if attention.choose(args.attention, config, device, dtype) == "flex":
             for layer in run.policy.model.base_model.layers:  # its kernel keeps no scores
                 layer.self_attn.attn_logit_softcapping = None
         forward = partial(forward_pairs, run, sums=defaultdict(float))
-        needs = estimate.memory(run, forward, cut, distributed.sharing_ranks())
-    certain = sum(needs[part] for part in ("weights, moments, gradients", "reference", "graphs"))
-    there = estimate.available(device)
-    if certain > there:
-        raise InputError(
-            f"{report.gigabytes(needs)} on each rank, {there / 2**30:.0f} GB there:"
-            " --checkpointing, a smaller --micro_tokens or more ranks need less"
-        )
-    return needs
+        return estimate.memory(run, forward, cut, shards)
 
 
 def rise(step, steps):
@@ -637,17 +636,20 @@ def check_start(run, batch):
 # ---------------------------------------------------------------------- the loop
 
 
-def my_share(run, triplets):
-    """This rank's pairs, forward by forward."""
+def pairs_of(data, step, args):
+    order = batch_indices(step, len(data.triplets), args.batch_size, args.seed)
+    return [data.triplets[i] for i in order]
+
+
+def my_forwards(run, pairs):
+    """This rank's share of the pairs, forward by forward, as many on every rank."""
     args = run.args
-    parts = plan_forwards(triplets, run.world, args.micro_batch_size, args.micro_tokens)
+    parts = plan_forwards(pairs, run.world, args.micro_batch_size, args.micro_tokens)
     return [part[run.rank] for part in parts]
 
 
 def micro_batches(run, data, step):
-    """This rank's share of the step's pairs, in as many micro-batches on every rank."""
-    indices = batch_indices(step, len(data.triplets), run.args.batch_size, run.args.seed)
-    for mine in my_share(run, [data.triplets[i] for i in indices]):
+    for mine in my_forwards(run, pairs_of(data, step, run.args)):
         yield pack(mine).to(run.device)
 
 
@@ -656,7 +658,7 @@ def evaluate(run, triplets):
     """Held-out pairs under --loss -> loss, accuracy, margin, exact means over pairs and ranks; None
     if a signal ends it."""
     totals = torch.zeros(4, dtype=torch.float64, device=run.device)
-    for mine in my_share(run, triplets):
+    for mine in my_forwards(run, triplets):
         if run.signals.anywhere(run.device):
             return None
         # a rank without pairs in the last forward repeats one, with weight 0
@@ -719,8 +721,10 @@ def train(args, argv, stack):
     if world in (Path(args.model).parent, Path(args.dataset).parent):  # built at first use
         distributed.from_rank_0(lambda: miniature.build(args.seed, log=print0), "miniature:")
     tokenizer, config, data, held_out = check_input(args, dist.get_world_size(), device)
-    cut = estimate.survey(data.triplets, args, dist.get_world_size())
-    needs = needed_memory(args, config, cut, device)
+    epoch = (pairs_of(data, step, args) for step in range(len(data.triplets) // args.batch_size))
+    cut = estimate.survey(epoch, args, dist.get_world_size())
+    needs = needed_memory(args, config, cut, device, distributed.sharing_ranks())
+    estimate.refuse_what_cannot_fit(needs, device)
     out_dir = claim_out_dir(args, stack)
     args.out_dir = str(out_dir)
     run = build(args, config, device)

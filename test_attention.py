@@ -1,0 +1,158 @@
+"""Claims about attention.py: the kernels for GPUs against the loop, as far as a CPU can show them.
+
+    python -m pytest -q test_attention.py
+
+flex_attention itself runs here, forward only and not compiled. varlen_attn does not: a plain loop
+stands in, which aligns its causal diagonal as the kernel's documentation says.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import attention
+from data import InputError, pack
+from policy import load_lm
+from test_train import SHAPES, make_model, triplets_for
+
+# rows around the size of a block of flex_attention's masks, 128
+LENGTHS = [(5, 9, 4), (1, 3, 11), (130, 100, 140), (12, 1, 1), (7, 150, 8), (128, 128, 128)]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def naive_mask(segments, window):
+    """(T, T) bool: may query q read key k. Token by token, from what a pair's parts may see."""
+    tokens = []  # of each position in the row: pair, part, place in its own sequence
+    for pair, (_, n_prompt, n_chosen, n_rejected) in enumerate(segments):
+        tokens += [(pair, "prompt", i) for i in range(n_prompt)]
+        tokens += [(pair, "chosen", n_prompt + i) for i in range(n_chosen)]
+        tokens += [(pair, "rejected", n_prompt + i) for i in range(n_rejected)]
+    mask = np.zeros((len(tokens), len(tokens)), dtype=bool)
+    for q, (q_pair, q_part, q_place) in enumerate(tokens):
+        for k, (k_pair, k_part, k_place) in enumerate(tokens):
+            mask[q, k] = (
+                q_pair == k_pair
+                and k_part in ("prompt", q_part)
+                and k_place <= q_place
+                and (window is None or q_place - k_place < window)
+            )
+    return mask
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 6, 40])
+def test_block_masks_are_the_mask_token_by_token(window, share_prompt, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 16)  # so that short rows have whole blocks
+    lengths = [(8, 23, 1), (1, 3, 11), (33, 40, 50), (12, 1, 1), (7, 60, 8)]
+    segments = pack(triplets_for(lengths), share_prompt).segments
+    expected = naive_mask(segments, window)
+    mask = attention.block_mask(segments, window, CPU)
+    T, n = len(expected), -(-len(expected) // 16)
+    q, k = torch.arange(T)[:, None], torch.arange(T)[None]
+    assert (mask.mask_mod(0, 0, q, k).numpy() == expected).all()
+    # blocks: those that are read in part hold something, whole ones everything, the others nothing
+    listed = {}
+    for kind in ("kv", "full_kv"):
+        counts, indices = (
+            getattr(mask, f"{kind}_num_blocks")[0, 0],
+            getattr(mask, f"{kind}_indices"),
+        )
+        for row in range(n):
+            for column in indices[0, 0, row, : counts[row]].tolist():
+                assert (row, column) not in listed
+                listed[row, column] = kind
+    for row in range(n):
+        for column in range(n):
+            block = expected[row * 16 :][:16, column * 16 :][:, :16]
+            whole = block.shape[0] == 16 and block.all()
+            kind = "full_kv" if whole else "kv" if block.any() else None
+            assert listed.get((row, column)) == kind, (row, column)
+    assert "full_kv" in listed.values() or window in (1, 6)
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_flex_attention_with_block_masks_equals_the_loop(family, tmp_path):
+    name, batch = make_model(tmp_path, family), pack(triplets_for(LENGTHS))
+    with torch.no_grad():
+        loop, flex = (
+            load_lm(name, torch.float32, attention_kind=kind)(batch) for kind in ("loop", "flex")
+        )
+    torch.testing.assert_close(flex.h, loop.h, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(flex.logp, loop.logp, rtol=1e-4, atol=1e-3)
+
+
+def naive_varlen(q, k, v, ends_q, ends_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+    """torch.nn.attention.varlen's documented meaning: sequence i's queries (T_q, heads, D) are its
+    last positions, window_size counts keys to the left (all for -1) and to the right."""
+    assert enable_gqa == (q.shape[1] != k.shape[1]) and window_size[1] == 0
+    assert ends_q.dtype == ends_k.dtype == torch.int32
+    assert max_q == ends_q.diff().max() and max_k == ends_k.diff().max()
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    out = []
+    for i in range(len(ends_q) - 1):
+        own_q, own_k, own_v = (
+            x[ends[i] : ends[i + 1]] for x, ends in ((q, ends_q), (k, ends_k), (v, ends_k))
+        )
+        for j in range(len(own_q)):
+            last = j + len(own_k) - len(own_q)  # bottom right
+            first = 0 if window_size[0] == -1 else max(0, last - window_size[0])
+            keys = slice(first, last + 1)
+            weights = (torch.einsum("hd,khd->hk", own_q[j], own_k[keys]) * scale).softmax(-1)
+            out.append(torch.einsum("hk,khd->hd", weights, own_v[keys]))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize("family", [f for f in SHAPES if f != "gemma2"])
+def test_varlen_with_gathered_keys_equals_the_loop(family, share_prompt, tmp_path, monkeypatch):
+    """Latents, log-probabilities and every gradient."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", naive_varlen)
+    name = make_model(tmp_path, family, num_hidden_layers=2)
+    batch = pack(triplets_for([(5, 9, 4), (1, 3, 11), (12, 1, 1)]), share_prompt)
+    loop, own = (load_lm(name, torch.float64, attention_kind=kind) for kind in ("loop", "varlen"))
+    outs = loop(batch), own(batch)
+    torch.testing.assert_close(outs[1].h, outs[0].h, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(outs[1].logp, outs[0].logp, rtol=1e-6, atol=1e-6)
+    for out in outs:
+        (out.logp * torch.linspace(-1, 1, 6)).sum().backward()
+    for a, b in zip(loop.parameters(), own.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_varlen_works_with_a_torch_that_knows_no_enable_gqa(tmp_path, monkeypatch):
+    def older(q, k, v, ends_q, ends_k, max_q, max_k, *, scale, window_size):
+        gqa = q.shape[1] != k.shape[1]
+        return naive_varlen(
+            q, k, v, ends_q, ends_k, max_q, max_k,
+            scale=scale, window_size=window_size, enable_gqa=gqa,
+        )  # fmt: skip
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", older)
+    name, batch = make_model(tmp_path), pack(triplets_for([(5, 9, 4)]))
+    loop, own = (load_lm(name, torch.float64, attention_kind=k)(batch) for k in ("loop", "varlen"))
+    torch.testing.assert_close(own.logp, loop.logp, rtol=1e-6, atol=1e-6)
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize("wanted, softcap, device, dtype, expected", [
+    ("auto", None, CPU, FP32, "loop"), ("auto", 50.0, CPU, BF16, "loop"),
+    ("auto", None, CUDA, FP32, "loop"), ("auto", None, CUDA, BF16, "varlen"),
+    ("auto", 50.0, CUDA, BF16, "flex"), ("loop", 50.0, CUDA, BF16, "loop"),
+    ("flex", None, CUDA, BF16, "flex"), ("varlen", None, CUDA, BF16, "varlen"),
+    ("varlen", 50.0, CUDA, BF16, "--attention varlen knows no soft-capping"),
+    ("varlen", None, CUDA, FP32, "--attention varlen needs a GPU and bfloat16, not cuda, float32"),
+    ("flex", None, CPU, BF16, "--attention flex needs a GPU and bfloat16, not cpu, bfloat16"),
+])  # fmt: skip
+def test_attention_is_chosen_by_device_and_model_or_refused(
+    wanted, softcap, device, dtype, expected
+):
+    config = SimpleNamespace(attn_logit_softcapping=softcap)
+    if expected.startswith("--"):
+        with pytest.raises(InputError, match=expected):
+            attention.choose(wanted, config, device, dtype)
+    else:
+        assert attention.choose(wanted, config, device, dtype) == expected
