@@ -22,7 +22,16 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data import ChatEncoder, InputError, Triplet, batch_indices, epoch_order, load_pairs, pack
+from data import (
+    ChatEncoder,
+    InputError,
+    Triplet,
+    batch_indices,
+    epoch_order,
+    load_pairs,
+    pack,
+    plan_forwards,
+)
 
 SHARED = Path(__file__).resolve().parent.parent / "shared" / "data"
 
@@ -509,6 +518,44 @@ def distinct_triplets():
         Triplet(*(np.array([next(tokens) for _ in range(n)], dtype=np.int32) for n in lengths), i)
         for i, lengths in enumerate(LENGTHS)
     ]
+
+
+def triplets_of(lengths):
+    ids = np.arange(2000, dtype=np.int32)
+    return [Triplet(ids[: n - 2], ids[:1], ids[:1], row) for row, n in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("n, ranks, max_pairs, max_tokens", [
+    (1, 1, 8, 999), (128, 1, 8, 1000), (128, 4, 3, 700), (30, 4, 8, 1500), (7, 8, 2, 100),
+    (96, 2, 96, 2500),
+])  # fmt: skip
+def test_forwards_hold_every_pair_once_within_both_limits(n, ranks, max_pairs, max_tokens):
+    lengths = np.exp(np.random.default_rng(n).normal(5, 0.7, n)).astype(int) + 3
+    forwards = plan_forwards(triplets_of(lengths), ranks, max_pairs, max_tokens)
+    assert sorted(t.row for part in forwards for mine in part for t in mine) == list(range(n))
+    totals = np.zeros(ranks)
+    for i, part in enumerate(forwards):
+        assert len(part) == ranks  # every rank runs every forward
+        sizes = {len(mine) for mine in part}
+        assert len(sizes) == 1 or i == len(forwards) - 1  # the same number of pairs but at the end
+        assert max(sizes) <= max_pairs
+        tokens = [sum(len(ids) for t in mine for ids in t[:3]) for mine in part]
+        assert max(tokens) <= max_tokens or max(sizes) == 1
+        totals += tokens
+        if i + 1 < len(forwards) and max(sizes) < max_pairs:  # and it was full
+            first = [sum(map(len, mine[0][:3])) if mine else 0 for mine in forwards[i + 1]]
+            assert (np.array(tokens) + first).max() > max_tokens
+    if n % ranks == 0:
+        assert totals.max() - totals.min() <= lengths.max()
+
+
+def test_forwards_are_longest_first_and_a_pair_beyond_the_limit_is_alone():
+    parts = plan_forwards(triplets_of([10, 500, 30, 20, 40]), 1, 8, 100)
+    assert [[t.row for t in part[0]] for part in parts] == [[1], [4, 2, 3, 0]]
+    parts = plan_forwards(triplets_of([10, 50, 30, 20, 40, 60]), 2, 2, 1000)
+    assert [[[t.row for t in mine] for mine in part] for part in parts] == [
+        [[5, 2], [1, 4]], [[3], [0]],
+    ]  # fmt: skip
 
 
 def naive_pack(triplets, share_prompt):

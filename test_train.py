@@ -19,16 +19,20 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import bench as bench_module
 import distributed
+import estimate
 import losses
 import report
 import train_ganpo
@@ -100,13 +104,13 @@ def rows_of(path):
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
-def run(world, out, *more, family="llama", ranks=1):
+def run(world, out, *more, family="llama", ranks=1, nodes=1):
     """One run of the program -> rows of metrics.csv, weights of policy and critics by name."""
     argv = flags(world, out, *more, family=family)
     if ranks == 1:
         train_ganpo.main(argv)
     else:
-        launch(argv, ranks)
+        launch(argv, ranks, nodes=nodes)
     weights = load_file(out / "hf" / "model.safetensors")
     if (out / "discriminators.pt").exists():
         saved = torch.load(out / "discriminators.pt", weights_only=True)
@@ -115,15 +119,15 @@ def run(world, out, *more, family="llama", ranks=1):
     return rows_of(out / "metrics.csv"), weights
 
 
-def launch(argv, ranks):
+def launch(argv, ranks, prepare=None, nodes=1):
     """What torchrun does, to the end."""
-    children = spawn(argv, ranks)
+    children = spawn(argv, ranks, prepare=prepare, nodes=nodes)
     for child in children:
         child.join(120)
     assert [child.exitcode for child in children] == [0] * ranks
 
 
-def spawn(argv, ranks=1, log=None, prepare=None):
+def spawn(argv, ranks=1, log=None, prepare=None, nodes=1):
     """The program in children of a server that has torch loaded but has run nothing -> them.
     log: a file for what they print; prepare(rank) is called first in each."""
     context = torch.multiprocessing.get_context("forkserver")
@@ -131,17 +135,18 @@ def spawn(argv, ranks=1, log=None, prepare=None):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    more = (ranks, port, log, prepare)
+    more = (ranks, port, log, prepare, nodes)
     children = [context.Process(target=one_rank, args=(argv, r, *more)) for r in range(ranks)]
     for child in children:
         child.start()
     return children
 
 
-def one_rank(argv, rank, ranks, port, log, prepare):
+def one_rank(argv, rank, ranks, port, log, prepare, nodes):
+    local = ranks // nodes
     os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "RANK": str(rank), "LOCAL_RANK": str(rank % local), "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(local), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     if log:
         with open(log, "a") as file:
@@ -420,15 +425,14 @@ SETTINGS = [
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=" ".join)
 def test_results_do_not_depend_on_micro_batches_or_ranks(setting, tiny_world, tmp_path):
-    """8 x 1, 1 x 8, and 2 ranks x 4 pairs. Weights are compared in float64 only: in float32 AdamW
-    makes whole steps of gradients that are 0 but for rounding, such as an attention key's bias."""
+    """8 x 1, 1 x 8, and 2 ranks that cut rows of unequal length by tokens. Weights are compared in
+    float64 only: in float32 AdamW makes whole steps of gradients that are 0 but for rounding, such
+    as an attention key's bias."""
     for dtype in ("float32", "float64"):
         setting = (*(s for s in setting if "dtype" not in s), f"--dtype={dtype}", "--lr=3e-4")
         whole, weights = run(tiny_world, tmp_path / f"{dtype}8", *setting, "--micro_batch_size=8")
-        for name, ranks, size in ((f"{dtype}1", 1, 1), (f"{dtype}2r", 2, 4)):
-            rows, cut = run(
-                tiny_world, tmp_path / name, *setting, f"--micro_batch_size={size}", ranks=ranks
-            )
+        for ranks, cut_by in ((1, "--micro_batch_size=1"), (2, "--micro_tokens=90")):
+            rows, cut = run(tiny_world, tmp_path / f"{dtype}{ranks}", *setting, cut_by, ranks=ranks)
             for a, b in zip(whole, rows, strict=True):
                 close(a, b, 1e-5)
             assert dtype == "float32" or furthest(weights, cut) < 1e-9
@@ -441,6 +445,102 @@ def test_tied_soft_capped_gemma_2_is_the_same_on_two_ranks(dtype, tolerance, tin
     two, _ = run(tiny_world, tmp_path / "2", *setting, family="gemma2", ranks=2)
     for a, b in zip(one, two, strict=True):
         close(a, b, tolerance, but=("disc_acc_pos", "disc_acc_neg") if dtype == "bfloat16" else ())
+
+
+def test_two_nodes_that_shard_within_and_replicate_between_are_the_same(tiny_world, tmp_path):
+    """HSDP, 2 x 2 ranks: as one rank, and stopped and resumed as undisturbed."""
+    setting = ("--micro_tokens=90", "--max_steps=3")
+    one, _ = run(tiny_world, tmp_path / "1", *setting, family="gemma2")
+    four, weights = run(tiny_world, tmp_path / "4", *setting, family="gemma2", ranks=4, nodes=2)
+    for a, b in zip(one, four, strict=True):
+        close(a, b, 1e-5)
+    for more in (("--stop_after=2",), ("--resume",)):
+        _, again = run(
+            tiny_world, tmp_path / "r", *setting, *more, family="gemma2", ranks=4, nodes=2
+        )
+    assert furthest(weights, again) == 0
+
+
+def forbid_reading(rank):
+    if rank:
+        AutoModelForCausalLM.from_pretrained = None
+
+
+def test_one_rank_alone_reads_the_weights(tiny_world, tmp_path):
+    launch(flags(tiny_world, tmp_path / "r", "--max_steps=1"), 2, prepare=forbid_reading)
+    assert rows_of(tmp_path / "r" / "metrics.csv")[0]["loss_opo"] == pytest.approx(LN2, rel=1e-6)
+
+
+def test_weights_that_cannot_be_read_are_one_line(tiny_world, tmp_path):
+    broken = shutil.copytree(tiny_world / "llama", tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(SystemExit, match="--model .*broken: [^\n]+$"):
+        train_ganpo.main(flags(tiny_world, tmp_path / "r", f"--model={broken}"))
+
+
+class HostSyncs(TorchDispatchMode):
+    """Names the operations that would make the host wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        indices = args[1] if name == "index" else ()
+        by_mask = any(i is not None and i.dtype == torch.bool for i in indices)
+        if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=" ".join)
+def test_a_step_makes_one_transfer_to_the_host(setting, tiny_world, tmp_path, monkeypatch):
+    inner, syncs, transfers = train_ganpo.train_step, HostSyncs(), []
+    tolist = torch.Tensor.tolist
+
+    def watched(run, batches, step):
+        batches = list(batches)  # made of numpy, on the host
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda x: transfers.append(x) or tolist(x))
+        with syncs:
+            metrics = inner(run, batches, step)
+        monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+        return metrics
+
+    monkeypatch.setattr(train_ganpo, "train_step", watched)
+    run(tiny_world, tmp_path / "r", *setting, "--max_steps=2", "--micro_batch_size=3")
+    assert len(transfers) == 2 and syncs.seen == []
+
+
+@pytest.mark.parametrize("more", [(), ("--checkpointing",), ("--lambda_adv=0",)])
+def test_the_estimate_of_graphs_is_what_autograd_keeps(more, tiny_world, tmp_path):
+    """The same count over real tensors; what bench.py measures stands in README."""
+    args = train_ganpo.parse_args(flags(tiny_world, tmp_path / "r", *more, family="gemma2"))
+    config = AutoConfig.from_pretrained(args.model)
+    pairs = load_pairs(args.dataset, "train", tiny(), 64).triplets
+    cut = estimate.survey([pairs[:8], pairs[8:16]], args, 1)
+    cpu = torch.device("cpu")
+    needs = train_ganpo.needed_memory(args, config, cut, cpu, 1)
+    state = SimpleNamespace(args=args, critics=train_ganpo.build_critics(args, config))
+    state.autocast = train_ganpo.autocast(cpu, torch.float32, cpu)
+    state.policy = load_lm(args.model, torch.float32, args.checkpointing)
+    state.ref = load_lm(args.model, torch.float32).requires_grad_(False)
+    kept = estimate.kept_bytes(
+        lambda: train_ganpo.forward_pairs(state, pack(cut.forward), defaultdict(float)), state
+    )
+    tokens = cut.row_tokens if "--lambda_adv=0" in more else cut.step_tokens
+    assert cut.row_tokens == len(pack(cut.forward).ids)
+    assert needs["graphs"] == pytest.approx(kept / cut.row_tokens * tokens, rel=0.1)
+    weights = sum(p.numel() for p in state.policy.parameters())
+    assert needs["reference"] == 4 * weights
+    assert needs["weights, moments, gradients"] >= 16 * weights
+
+
+def test_what_cannot_fit_is_refused_with_the_numbers(tiny_world, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "available", lambda device: 2.0**20)
+    with pytest.raises(SystemExit, match=r"estimated: .* graphs .* there: 0.00 GB. More ranks"):
+        train_ganpo.main(flags(tiny_world, tmp_path / "r"))
+    assert not (tmp_path / "r").exists()
 
 
 def test_step_0_has_the_known_values(tiny_world, tmp_path):
@@ -486,7 +586,8 @@ def test_lambda_0_is_the_plain_loss_bit_for_bit(loss, tiny_world, tmp_path, monk
     data = load_pairs(str(tiny_world / "train.jsonl"), "train", tiny(), 64)
     for step, factor in enumerate((1.0, 1.0, 0.5)):
         optimizer.param_groups[0]["lr"] = 3e-3 * factor
-        batch = pack([data.triplets[i] for i in batch_indices(step, len(data.triplets), 8, 0)])
+        pairs = [data.triplets[i] for i in batch_indices(step, len(data.triplets), 8, 0)]
+        batch = pack(sorted(pairs, key=lambda t: -sum(map(len, t[:3]))))  # longest first
         chosen, rejected = policy(batch).logp.chunk(2)
         if loss == "dpo":
             with torch.no_grad():
@@ -796,7 +897,7 @@ BAD = [  # flags, and what the one line must say
 def test_bad_input_is_one_line_before_any_model_is_loaded(
     bad, message, tiny_world, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(train_ganpo, "load_lm", None)
+    monkeypatch.setattr("policy.AutoModelForCausalLM.from_pretrained", None)
     with pytest.raises(SystemExit) as stop:
         train_ganpo.main(flags(tiny_world, tmp_path / "r", *bad))
     assert message in str(stop.value) and "\n" not in str(stop.value)

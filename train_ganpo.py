@@ -313,7 +313,7 @@ def build(args, config, device):
         run.critics.to(device, master)
         distributed.assert_equal_on_ranks(run.critics)
         run.critic_optimizer = torch.optim.AdamW(  # [choice 10]
-            run.critics.parameters(), args.disc_lr, weight_decay=0.01
+            run.critics.parameters(), args.disc_lr, weight_decay=0.01, fused=True
         )
     run.autocast = autocast(device, dtype, device)
     return run
