@@ -253,6 +253,8 @@ def measure(args, train_args, steps, model_dir) -> dict:
         wanted = model_flops(train_args, config, cut) * packed_tokens(steps[-1]) / run.world
         peaks = [wanted / seconds[-1] / p for k, p in PEAKS.items() if k in name]
         result["mfu"] = peaks[0] if peaks else None
+    if RANK == 0:
+        show(result)
     distributed.stop()
     return result
 
@@ -272,22 +274,21 @@ def show(result):
         print(f"    {phase:<16}{s:8.3f} s {s / total:6.1%}")
 
 
-def compute(args, train_args, steps, model_dir):
-    """--estimate: nothing is run."""
+def compute(args, train_args, steps, model_dir) -> dict:
+    """--estimate: nothing is run, no weight is made."""
     ranks, config = args.estimate, AutoConfig.from_pretrained(model_dir)
     cut = estimate.survey(steps, train_args, ranks)
-    shards = min(ranks, GPUS_PER_NODE)
-    gpu = torch.device("cuda")
+    shards, gpu = min(ranks, GPUS_PER_NODE), torch.device("cuda")
     needs = train_ganpo.needed_memory(train_args, config, cut, gpu, shards)
     tokens = statistics.mean(map(packed_tokens, steps))
     flops = model_flops(train_args, config, cut) * tokens
     seconds = flops / ranks / (ASSUMED_MFU * PEAKS["H200"])
-    print(f"{cut.fewest} to {cut.most} forwards per step, {cut.imbalance:.1%} imbalance;"
-          f" {estimate.gigabytes(needs)}")  # fmt: skip
-    print(
-        f"{flops / 1e12:,.0f} TFLOP per step of {tokens:,.0f} tokens in rows: {seconds:.2f} s"
-        f" on {ranks} H200 at an assumed MFU of {ASSUMED_MFU:.0%}, communication hidden"
-    )
+    if RANK == 0:
+        print(estimate.gigabytes(needs))
+        print(f"{flops / 1e12:,.0f} TFLOP per step of {tokens:,.0f} tokens in rows, {seconds:.2f} s"
+              f" on {ranks} H200 at an assumed MFU of {ASSUMED_MFU:.0%}, communication hidden;"
+              f" {cut.fewest} to {cut.most} forwards, imbalance {cut.imbalance:.1%}")  # fmt: skip
+    return {"estimated_gb": sum(needs.values()) / 2**30, "flops": flops, "step_s": seconds}
 
 
 # ---------------------------------------------------------------------- two programs
@@ -305,7 +306,7 @@ def last_object(command: list[str]) -> dict:
 
 def versus(argv, other):
     """Both in alternation, this one first; medians, and this one's over the other's."""
-    ours = [sys.executable, __file__, *argv, "--json"]
+    ours = [sys.executable, __file__, *map(str, argv), "--json"]
     runs = [(last_object(ours), last_object(shlex.split(other))) for _ in range(ROUNDS)]
     print(f"median of {ROUNDS} runs each, in alternation{'':<8}here     other     ratio")
     for key in ("tokens_per_s", "step_s", "peak_gb"):
@@ -315,7 +316,7 @@ def versus(argv, other):
             print(f"    {key:<36}{a:10.2f}{b:10.2f}{a / b:10.2f}")
 
 
-def run_here(workload, args, flags, folder) -> dict | None:
+def run_here(workload, args, flags, folder) -> dict:
     pairs = args.batch_size * (args.steps + 1)
     if not workload:
         make_workload(folder, args.shape, pairs)
@@ -335,9 +336,10 @@ def run_here(workload, args, flags, folder) -> dict | None:
     return measure(args, train_args, steps, model_dir)
 
 
-def main():
+def main(argv=None):
     quiet()
-    argv = sys.argv[1:]  # the folder comes first: argparse would take an unknown flag's value
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # the folder comes first: argparse would take an unknown flag's value for it
     workload = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else None
     usage = "bench.py [WORKLOAD] [--flag value ...]; other flags are train_ganpo.py's"
     parser = argparse.ArgumentParser("bench.py", usage, __doc__.split("\n\n")[0])
@@ -351,14 +353,13 @@ def main():
     args, flags = parser.parse_known_args(argv)
     try:
         if args.vs:
-            at = sys.argv.index("--vs")
-            return versus(sys.argv[1:at] + sys.argv[at + 2 :], args.vs)
+            at = argv.index("--vs")
+            return versus([workload] * bool(workload) + argv[:at] + argv[at + 2 :], args.vs)
         with tempfile.TemporaryDirectory() as folder:
             done = run_here(workload, args, flags, Path(folder))
     except InputError as error:
         sys.exit(f"bench.py: {error}")
-    if done and RANK == 0:
-        show(done)
+    if RANK == 0:
         print(*[json.dumps(done)] * args.json)
 
 

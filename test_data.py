@@ -614,5 +614,5 @@ def test_every_sequence_reads_as_if_it_stood_alone(share_prompt):
 
 def test_a_packed_batch_moves_whole():
     packed = pack(distinct_triplets())
-    for before, after in zip(packed, packed.to("meta"), strict=True):
+    for before, after in zip(packed, packed.to(torch.device("meta")), strict=True):
         assert after.is_meta if torch.is_tensor(before) else after == before

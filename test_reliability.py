@@ -25,8 +25,9 @@ from safetensors.torch import load_file
 
 import checkpoint
 import train_ganpo
-from data import batch_indices
+from data import batch_indices, load_pairs, plan_forwards
 from losses import OPO_LOSSES
+from test_data import tiny
 from test_train import (
     close,
     flags,
@@ -487,11 +488,11 @@ def test_a_second_signal_ends_the_process_at_once(tiny_world, tmp_path):
 
 def poisoned(rank):
     """The second pair of rank 1's (or of the only rank's) third batch has no finite loss."""
-    inner, calls = OPO_LOSSES["dpo"], itertools.count()
+    inner, calls = OPO_LOSSES["dpo"], itertools.count()  # 0, 1: the estimate, the start's check
 
     def loss(lp, args):
         value = inner(lp, args)
-        bad = next(calls) == 3 and rank == int(os.environ.get("WORLD_SIZE", 1)) - 1
+        bad = next(calls) == 4 and rank == int(os.environ.get("WORLD_SIZE", 1)) - 1
         return (
             value * torch.tensor([1.0, float("nan")] + [1.0] * (len(value) - 2)) if bad else value
         )
@@ -508,7 +509,9 @@ def test_what_is_not_finite_stops_all_ranks_before_the_update_naming_the_pair(
     children = spawn(flags(tiny_world, out, "--save_every=1"), ranks, log, poisoned)
     codes = join(children)
     assert all(code == 1 for code in codes)
-    row = batch_indices(2, 28, 8, 0).reshape(ranks, -1)[-1][1]
+    data = load_pairs(str(tiny_world / "train.jsonl"), "train", tiny(), 64)
+    pairs = [data.triplets[i] for i in batch_indices(2, 28, 8, 0)]
+    row = plan_forwards(pairs, ranks, 8, 16384)[0][-1][1].row
     (line,) = [x for x in log.read_text().splitlines() if x.startswith("train_ganpo.py:")]
     assert "step 3: loss_opo is nan; the step was not taken" in line
     assert line.endswith(f"rows of the data (from 0): {row}")
