@@ -39,7 +39,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, LlamaCo
 import distributed
 import estimate
 import train_ganpo
-from data import InputError, Triplet, pack, row_length
+from data import InputError, Triplet, pack
+from estimate import tokens_in
 from generate import quiet
 
 NAMES = "prompt_ids", "chosen_ids", "rejected_ids"
@@ -198,13 +199,13 @@ def model_flops(args, config, cut) -> float:
     """Of one token of a packed row: the products of the policy's forward three times, as backward
     takes two more, and of the reference's; nothing recomputed, no discriminator."""
     with train_ganpo.players_without_weights(args, config) as run:
-        batch, flops = pack(cut.forward), 0
+        batch, flops = pack(cut.longest), 0
         for lm, times in ((run.policy, 3), (run.ref, 1)):
             if lm is not None:
                 with torch.no_grad(), FlopCounterMode(display=False) as counter:
                     lm(batch)
                 flops += times * counter.get_total_flops()
-    return flops / cut.row_tokens
+    return flops / tokens_in(cut.longest)
 
 
 def measure(args, train_args, steps, model_dir) -> dict:
@@ -250,17 +251,13 @@ def measure(args, train_args, steps, model_dir) -> dict:
     }
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
-        wanted = model_flops(train_args, config, cut) * packed_tokens(steps[-1]) / run.world
+        wanted = model_flops(train_args, config, cut) * tokens_in(steps[-1]) / run.world
         peaks = [wanted / seconds[-1] / p for k, p in PEAKS.items() if k in name]
         result["mfu"] = peaks[0] if peaks else None
     if RANK == 0:
         show(result)
     distributed.stop()
     return result
-
-
-def packed_tokens(pairs) -> int:
-    return sum(map(row_length, pairs))
 
 
 def show(result):
@@ -280,7 +277,7 @@ def compute(args, train_args, steps, model_dir) -> dict:
     cut = estimate.survey(steps, train_args, ranks)
     shards, gpu = min(ranks, GPUS_PER_NODE), torch.device("cuda")
     needs = train_ganpo.needed_memory(train_args, config, cut, gpu, shards)
-    tokens = statistics.mean(map(packed_tokens, steps))
+    tokens = statistics.mean(map(tokens_in, steps))
     flops = model_flops(train_args, config, cut) * tokens
     seconds = flops / ranks / (ASSUMED_MFU * PEAKS["H200"])
     if RANK == 0:
@@ -359,8 +356,8 @@ def main(argv=None):
             done = run_here(workload, args, flags, Path(folder))
     except InputError as error:
         sys.exit(f"bench.py: {error}")
-    if RANK == 0:
-        print(*[json.dumps(done)] * args.json)
+    if args.json and RANK == 0:
+        print(json.dumps(done))
 
 
 if __name__ == "__main__":

@@ -22,37 +22,43 @@ class Survey(NamedTuple):
     fewest: int  # forwards in a step
     most: int
     imbalance: float  # the busiest rank's tokens over the ranks' mean, minus 1, averaged over steps
-    forward: list[Triplet]  # the pairs of the longest row
-    row_tokens: int  # in it
-    step_tokens: int  # in all rows of a rank's heaviest step
+    longest: list[Triplet]  # the forward with the most tokens
+    heaviest: list[list[Triplet]]  # one rank's forwards of one step that have the most together
+
+
+def tokens_in(pairs: list[Triplet]) -> int:
+    return sum(map(row_length, pairs))
 
 
 def survey(steps, args, ranks) -> Survey:
     """steps: each one's pairs. How the loop will cut them."""
-    counts, imbalance, longest, heaviest = [], [], [], 0
+    counts, imbalance, longest, heaviest, most = [], [], [], [], 0
     for pairs in steps:
         parts = plan_forwards(pairs, ranks, args.micro_batch_size, args.micro_tokens)
-        tokens = np.array([[sum(map(row_length, mine)) for mine in part] for part in parts])
+        tokens = np.array([[tokens_in(mine) for mine in part] for part in parts])
+        of_rank = tokens.sum(0)
         counts.append(len(parts))
-        imbalance.append(tokens.sum(0).max() / tokens.sum(0).mean() - 1)
-        heaviest = max(heaviest, tokens.sum(0).max())
-        at = np.unravel_index(tokens.argmax(), tokens.shape)
-        longest = max(longest, parts[at[0]][at[1]], key=lambda p: sum(map(row_length, p)))
-    row = sum(map(row_length, longest))
-    return Survey(min(counts), max(counts), float(np.mean(imbalance)), longest, row, int(heaviest))
+        imbalance.append(of_rank.max() / of_rank.mean() - 1)
+        part, rank = np.unravel_index(tokens.argmax(), tokens.shape)
+        longest = max(longest, parts[part][rank], key=tokens_in)
+        if of_rank.max() > most:
+            most, rank = of_rank.max(), of_rank.argmax()
+            heaviest = [part[rank] for part in parts]
+    return Survey(min(counts), max(counts), float(np.mean(imbalance)), longest, heaviest)
 
 
 def memory(run, forward, cut: Survey, shards: int) -> dict[str, float]:
     """Bytes on one rank at the peak of a step, by part. run holds the players as fake tensors in
     the dtype of compute, forward(batch) is that of a micro-batch."""
-    batch = pack(cut.forward)
-    tokens = cut.step_tokens if run.critics else cut.row_tokens
+    forwards = cut.heaviest if run.critics else [cut.longest]  # whose graphs are alive at once
+    sample = forwards[len(forwards) // 2]
+    batch = pack(sample)
     lm = run.policy.model
     size = next(lm.parameters()).element_size()  # of compute
     master = max(4, size)
     weights = sum(p.numel() for p in lm.parameters())
     layers = sum(p.numel() for p in lm.base_model.layers.parameters())
-    per_token = kept_bytes(lambda: forward(batch), run) / cut.row_tokens
+    kept = kept_bytes(lambda: forward(batch), run)
     vocabulary = lm.get_output_embeddings().weight.shape[0]
     rows = min(rows_per_chunk(vocabulary), len(batch.labels))
     models = 1 if run.ref is None else 2
@@ -66,7 +72,7 @@ def memory(run, forward, cut: Survey, shards: int) -> dict[str, float]:
         + 3 * size * layers / len(lm.base_model.layers),
         # a chunk's logits, their softmax and its gradient, twice the first and last in bfloat16
         "logits": rows * vocabulary * {2: 16, 4: 12, 8: 24}[size],
-        "graphs": per_token * tokens,
+        "graphs": kept / tokens_in(sample) * sum(map(tokens_in, forwards)),
     }
 
 
