@@ -69,7 +69,7 @@ SHAPES = {  # of --shape: a transformers config, lengths
 PEAKS = {"H200": 790e12, "H100": 790e12, "A100": 312e12}  # bf16 FLOP/s of a dense product
 ROUNDS = 3  # of each program under --vs
 RANK = int(os.environ.get("RANK", 0))
-ASSUMED_MFU, GPUS_PER_NODE = 0.45, 8  # of --estimate
+ASSUMED_SHARE, GPUS_PER_NODE = 0.45, 8  # of the peak, for --estimate
 
 
 # ---------------------------------------------------------------------- the workload
@@ -195,12 +195,14 @@ def matrix_rate(device, dtype) -> float:
     return best
 
 
-def model_flops(args, config, cut) -> float:
+def model_flops(args, config, cut, recomputed: bool) -> float:
     """Of one token of a packed row: the products of the policy's forward three times, as backward
-    takes two more, and of the reference's; nothing recomputed, no discriminator."""
+    takes two more, and of the reference's; no discriminator. recomputed adds what --checkpointing
+    does again."""
     with train_ganpo.players_without_weights(args, config) as run:
         batch, flops = pack(cut.longest), 0
-        for lm, times in ((run.policy, 3), (run.ref, 1)):
+        again = recomputed and args.checkpointing
+        for lm, times in ((run.policy, 3 + again), (run.ref, 1)):
             if lm is not None:
                 with torch.no_grad(), FlopCounterMode(display=False) as counter:
                     lm(batch)
@@ -251,7 +253,7 @@ def measure(args, train_args, steps, model_dir) -> dict:
     }
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
-        wanted = model_flops(train_args, config, cut) * tokens_in(steps[-1]) / run.world
+        wanted = model_flops(train_args, config, cut, False) * tokens_in(steps[-1]) / run.world
         peaks = [wanted / seconds[-1] / p for k, p in PEAKS.items() if k in name]
         result["mfu"] = peaks[0] if peaks else None
     if RANK == 0:
@@ -278,12 +280,12 @@ def compute(args, train_args, steps, model_dir) -> dict:
     shards, gpu = min(ranks, GPUS_PER_NODE), torch.device("cuda")
     needs = train_ganpo.needed_memory(train_args, config, cut, gpu, shards)
     tokens = statistics.mean(map(tokens_in, steps))
-    flops = model_flops(train_args, config, cut) * tokens
-    seconds = flops / ranks / (ASSUMED_MFU * PEAKS["H200"])
+    flops = model_flops(train_args, config, cut, True) * tokens
+    seconds = flops / ranks / (ASSUMED_SHARE * PEAKS["H200"])
     if RANK == 0:
         print(estimate.gigabytes(needs))
         print(f"{flops / 1e12:,.0f} TFLOP per step of {tokens:,.0f} tokens in rows, {seconds:.2f} s"
-              f" on {ranks} H200 at an assumed MFU of {ASSUMED_MFU:.0%}, communication hidden;"
+              f" on {ranks} H200 at an assumed {ASSUMED_SHARE:.0%} of its peak, transfers hidden;"
               f" {cut.fewest} to {cut.most} forwards, imbalance {cut.imbalance:.1%}")  # fmt: skip
     return {"estimated_gb": sum(needs.values()) / 2**30, "flops": flops, "step_s": seconds}
 
