@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 import distributed
@@ -195,6 +195,18 @@ def matrix_rate(device, dtype) -> float:
     return best
 
 
+def counting() -> FlopCounterMode:
+    """torch's counter with the attention kernel of CPUs, which it leaves out; like all attention it
+    is counted whole, causal or not."""
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    more = {
+        forward: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
+    }
+    return FlopCounterMode(display=False, custom_mapping=more)
+
+
 def model_flops(args, config, cut, recomputed: bool) -> float:
     """Of one token of a packed row: the products of the policy's forward three times, as backward
     takes two more, and of the reference's; no discriminator. recomputed adds what --checkpointing
@@ -204,7 +216,7 @@ def model_flops(args, config, cut, recomputed: bool) -> float:
         again = recomputed and args.checkpointing
         for lm, times in ((run.policy, 3 + again), (run.ref, 1)):
             if lm is not None:
-                with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                with torch.no_grad(), counting() as counter:
                     lm(batch)
                 flops += times * counter.get_total_flops()
     return flops / tokens_in(cut.longest)
@@ -238,7 +250,7 @@ def measure(args, train_args, steps, model_dir) -> dict:
     with clock.watching(run):
         train_ganpo.train_step(run, batches(args.steps, clock), args.steps + 1)
     clock.switch()
-    with FlopCounterMode(display=False) as counter:
+    with counting() as counter:
         train_ganpo.train_step(run, batches(args.steps), args.steps + 1)
     flops = counter.get_total_flops()
     result = {

@@ -21,8 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import attention
 
-LOGITS_PER_CHUNK = 2**26  # 0.25 GB in fp32; with a large vocabulary the floor on tokens counts
-TOKENS_PER_CHUNK = 512  # fewer would leave a GPU idle
+# Small chunks keep logits in a CPU's cache and out of a GPU's memory; fewer tokens, or less work
+# where the vocabulary is small, would cost more than they save.
+TOKENS_PER_CHUNK, LOGITS_PER_CHUNK = 256, 2**22
 
 
 class LatentsAndLogProbs(NamedTuple):

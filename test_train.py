@@ -246,7 +246,8 @@ def test_rejected_does_not_see_chosen(tiny_world):
 def test_a_head_in_chunks_is_the_head(tiny_world, monkeypatch):
     lm, batch = load_lm(str(tiny_world / "gemma2"), torch.float64), pack(triplets_for(LENGTHS))
     whole = lm(batch).logp
-    monkeypatch.setattr("policy.LOGITS_PER_CHUNK", 3 * VOCAB)
+    monkeypatch.setattr("policy.TOKENS_PER_CHUNK", 3)
+    monkeypatch.setattr("policy.LOGITS_PER_CHUNK", 1)
     torch.testing.assert_close(lm(batch).logp, whole, rtol=1e-12, atol=1e-12)
 
 
