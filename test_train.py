@@ -461,16 +461,23 @@ def demand_hybrid_sharding(rank):
     train_ganpo.train_step = step
 
 
-def test_two_nodes_that_shard_within_and_replicate_between_are_the_same(tiny_world, tmp_path):
-    """HSDP, 2 x 2 ranks: as one rank, and stopped and resumed as undisturbed."""
-    setting = ("--micro_tokens=90", "--max_steps=3")
+TWO_NODES = dict(family="gemma2", ranks=4, nodes=2, prepare=demand_hybrid_sharding)
+
+
+def test_two_nodes_that_shard_within_and_replicate_between_are_as_one_rank(tiny_world, tmp_path):
+    setting = ("--micro_tokens=90", "--max_steps=2")
     one, _ = run(tiny_world, tmp_path / "1", *setting, family="gemma2")
-    nodes = dict(family="gemma2", ranks=4, nodes=2, prepare=demand_hybrid_sharding)
-    four, weights = run(tiny_world, tmp_path / "4", *setting, **nodes)
+    four, _ = run(tiny_world, tmp_path / "4", *setting, **TWO_NODES)
     for a, b in zip(one, four, strict=True):
         close(a, b, 1e-5)
+
+
+@pytest.mark.slow
+def test_two_nodes_resume_bit_for_bit(tiny_world, tmp_path):
+    setting = ("--micro_tokens=90", "--max_steps=3")
+    _, weights = run(tiny_world, tmp_path / "4", *setting, **TWO_NODES)
     for more in (("--stop_after=2",), ("--resume",)):
-        _, again = run(tiny_world, tmp_path / "r", *setting, *more, **nodes)
+        _, again = run(tiny_world, tmp_path / "r", *setting, *more, **TWO_NODES)
     assert furthest(weights, again) == 0
 
 
