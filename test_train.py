@@ -425,7 +425,10 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=" ".join)
+@pytest.mark.parametrize("setting", [
+    pytest.param(s, marks=[pytest.mark.slow] * (i in (1, 2)), id=" ".join(s))
+    for i, s in enumerate(SETTINGS)
+])  # fmt: skip
 def test_results_do_not_depend_on_micro_batches_or_ranks(setting, tiny_world, tmp_path):
     """8 x 1, 1 x 8, and 2 ranks that cut rows of unequal length by tokens. Weights are compared in
     float64 only: in float32 AdamW makes whole steps of gradients that are 0 but for rounding, such
