@@ -25,7 +25,6 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForCausalLM
 
 from data import InputError
 from discriminator import build_discriminator
@@ -288,11 +287,11 @@ def export_policy(policy, tokenizer, folder):
             weights[name] = value.cpu()
     if dist.get_rank() == 0:
         with torch.device("meta"):  # a shell: the sharded model cannot save_pretrained itself
-            shell = AutoModelForCausalLM.from_config(policy.model.config)
-        shell.generation_config = policy.model.generation_config
-        if policy.model.config.tie_word_embeddings:  # gathered twice, stored once
-            for tied, source in shell.all_tied_weights_keys.items():
-                weights[tied] = weights[source]
+            shell = type(policy.model)(policy.model.config)
+        if policy.model.can_generate():  # no reward model
+            shell.generation_config = policy.model.generation_config
+        for tied, source in shell.all_tied_weights_keys.items():  # gathered twice, stored once
+            weights[tied] = weights[source]
         shutil.rmtree(unfinished, ignore_errors=True)
         shell.save_pretrained(unfinished, state_dict=weights)
         tokenizer.save_pretrained(unfinished)

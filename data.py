@@ -149,9 +149,9 @@ def is_local(name: str) -> bool:
     return name.count("/") > 1 or name.startswith(("/", ".", "~"))
 
 
-def check_model_name(name: str):
+def check_model_name(name: str, flag: str = "--model"):
     if is_local(name) and not Path(name).is_dir():
-        raise InputError(f"--model {name}: no such folder")
+        raise InputError(f"{flag} {name}: no such folder")
 
 
 def first_line(error: BaseException) -> str:
@@ -281,15 +281,15 @@ class ChatEncoder:
             return False
 
     def find_end_of_turn(self):
-        """The special token that the template puts after an answer, and how many tokens (a line
-        feed) follow it. A template without one gets the tokenizer's EOS, or the model would never
+        """The special token that the template puts after an answer, and what (a line feed) follows
+        it. A template without one gets the tokenizer's EOS, or the model would never
         stop."""
         user = [{"role": "user", "content": "u"}]
         ids = self.template([*user, {"role": "assistant", "content": "a"}])
         header = common_prefix(self.template(user, True), ids)
         special = [i for i in range(header, len(ids)) if ids[i] in self.special_ids]
         self.append_eos = not special
-        self.tail = len(ids) - 1 - special[-1] if special else 0
+        self.tail = ids[special[-1] + 1 :] if special else []
         self.end_of_turn = ids[special[-1]] if special else self.tokenizer.eos_token_id
         if self.end_of_turn is None:
             raise InputError("the chat template ends no turn and the tokenizer has no EOS token")
@@ -302,8 +302,16 @@ class ChatEncoder:
     def answer_ids(self, messages, answer) -> list[int]:
         """The whole conversation; its last token is the end of turn."""
         ids = self.template([*self.fold(messages), {"role": "assistant", "content": answer}])
-        ids = ids + [self.end_of_turn] if self.append_eos else ids[: len(ids) - self.tail]
+        ids = ids + [self.end_of_turn] if self.append_eos else ids[: len(ids) - len(self.tail)]
         return self.with_bos(ids)
+
+    def whole(self, messages, answer) -> list[int]:
+        """The whole conversation as the template writes it, what follows the end of turn too."""
+        return self.answer_ids(messages, answer) + self.tail
+
+    def plain(self, text: str) -> str:
+        """A model's own text without special tokens that it spells out: they would end its turn."""
+        return self.special_text.sub("", text)
 
     def with_bos(self, ids):
         return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
@@ -384,6 +392,16 @@ def load_pairs(
     for ids in (ids for t in triplets for ids in t[:3]):
         digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
     return PreferenceData(triplets, too_long + faults, +notes, len(rows), digest.hexdigest()[:16])
+
+
+def load_held_out(args, tokenizer, max_length, log) -> PreferenceData:
+    """--eval_split: a file of its own, or a split of --dataset. InputError if no pair is left."""
+    own_file = Path(args.eval_split).is_file()
+    source = (args.eval_split, "train") if own_file else (args.dataset, args.eval_split)
+    held_out = load_pairs(*source, tokenizer, max_length, log)
+    if not held_out.triplets:
+        raise InputError(f"{source[0]}: no held-out pair is left: {held_out.summary()}")
+    return held_out
 
 
 # ---------------------------------------------------------------------- order and packing

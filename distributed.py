@@ -90,6 +90,15 @@ def from_rank_0(function, blame: str):
     return both[0]
 
 
+def share_out(items: list, function) -> list:
+    """function(part of items) -> a list as long. Each rank does its part -> all of it, in the order
+    of items, on every rank."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    parts = [None] * ranks
+    dist.all_gather_object(parts, function(items[rank::ranks]))
+    return [parts[i % ranks][i // ranks] for i in range(len(items))]
+
+
 def print0(*values):
     if dist.get_rank() == 0:
         print(*values, flush=True)

@@ -65,12 +65,17 @@ def generate(
     max_new_tokens: int = 512,
     samples: int = 1,
     batch_size: int = 128,
+    cut_prompts: bool = False,
     log=None,
 ) -> list[Answer]:
     """Answers of a Hugging Face causal LM to conversations that end with a user's turn, prompt by
     prompt, `samples` for each. log(line) hears of the progress every few seconds. InputError if an
-    answer could run past the model's positions."""
+    answer could run past the model's positions, unless cut_prompts: such a prompt then loses its
+    middle."""
     prompts = [encoder.prompt_ids(messages) for messages in conversations]
+    if cut_prompts:
+        room = lm.config.max_position_embeddings - max_new_tokens
+        prompts = [p if len(p) <= room else p[: room // 2] + p[room // 2 - room :] for p in prompts]
     longest, positions = max(map(len, prompts), default=0), lm.config.max_position_embeddings
     if longest + max_new_tokens > positions:
         raise InputError(

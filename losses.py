@@ -75,6 +75,14 @@ def sft_loss(logp_chosen: Tensor) -> Tensor:
     return -logp_chosen
 
 
+def bradley_terry_loss(reward_chosen: Tensor, reward_rejected: Tensor) -> Tensor:
+    """A reward model's loss (Bradley and Terry 1952): -log p(chosen above rejected), where
+
+    p = sigma(reward_chosen - reward_rejected)  ->  (B,); ln 2 at equal rewards.
+    """
+    return softplus(reward_rejected - reward_chosen)
+
+
 def implicit_rewards(
     logp_chosen: Tensor,
     logp_rejected: Tensor,

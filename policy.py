@@ -11,15 +11,17 @@ chosen (attention.py). No padding, fewer tokens, and the same function of the we
 """
 
 import functools
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import attention
+from data import InputError, check_model_name, first_line
 
 # Small chunks keep logits in a CPU's cache and out of a GPU's memory; fewer tokens, or less work
 # where the vocabulary is small, would cost more than they save.
@@ -34,6 +36,8 @@ class LatentsAndLogProbs(NamedTuple):
 class PackedLM(nn.Module):
     """A Hugging Face causal LM whose forward takes data.Packed. Trunk and head are reached through
     this one forward, which is where FSDP2 hangs its hooks."""
+
+    auto, settings = AutoModelForCausalLM, {}  # how load_lm makes the model
 
     def __init__(self, model, attention_kind: str = "loop"):
         super().__init__()
@@ -109,27 +113,55 @@ def check_config(config, max_length: int):
         raise ValueError(f"max_length {max_length} is beyond the model's {positions} positions")
 
 
+def read_model_config(name: str, max_length: int, flag: str = "--model"):
+    """A folder's or Hub id's config. InputError, flag first, if there is none, or if check_config
+    refuses it."""
+    check_model_name(name, flag)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        check_config(config, max_length)
+    except Exception as error:  # transformers raises what it likes
+        raise InputError(f"{flag} {name}: {first_line(error)}") from None
+    return config
+
+
+def read_tokenizer(name: str, chat_template: str | None = None):
+    """A folder's or Hub id's tokenizer, with the chat template of a file if that is named."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise what they like
+        raise InputError(f"--model {name}: {first_line(error)}") from None
+    if chat_template:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text()
+        except (OSError, UnicodeError) as error:
+            raise InputError(f"--chat_template: {error}") from None
+    return tokenizer
+
+
 def load_lm(
     name: str,
     dtype: torch.dtype,
     checkpointing: bool = False,
     attention_kind: str = "loop",
     shell: str | None = None,
+    wrapper: type[PackedLM] = PackedLM,
 ) -> PackedLM:
-    """A Hub id or a folder -> PackedLM with its weights in dtype, dropout off. shell is a
+    """A Hub id or a folder -> wrapper with its weights in dtype, dropout off. shell is a
     device, such as "meta": the same module there, its weights not read. checkpointing keeps only
     the layers' inputs and computes each layer again in backward."""
-    settings = dict(attn_implementation=attention.NAME, trust_remote_code=False, dtype=dtype)
+    own_code = dict(trust_remote_code=False) | wrapper.settings
+    settings = dict(attn_implementation=attention.NAME, dtype=dtype)
     if shell is None:
-        model = AutoModelForCausalLM.from_pretrained(name, **settings)
+        model = wrapper.auto.from_pretrained(name, **own_code, **settings)
     else:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, **own_code)
         with torch.device(shell):
-            model = AutoModelForCausalLM.from_config(config, **settings)
+            model = wrapper.auto.from_config(config, trust_remote_code=False, **settings)
     model.eval()  # for good: dropout would make policy and reference differ before the first step
     if checkpointing:
         for layer in model.base_model.layers:
             layer.forward = functools.partial(
                 checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
             )
-    return PackedLM(model, attention_kind)
+    return wrapper(model, attention_kind)

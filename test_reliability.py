@@ -78,9 +78,18 @@ def test_readme_promises_name_tests_that_are_here():
 # ---------------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("loss, mean", [("dpo", "ema"), ("simpo", "batch")])
-@pytest.mark.parametrize("stop", [2, 3])
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "stop, loss, mean, ranks",
+    [
+        (2, "dpo", "ema", 2), (2, "simpo", "batch", 1), (3, "dpo", "ema", 1),
+        (3, "simpo", "batch", 2), slow(2, "dpo", "ema", 1), slow(2, "simpo", "batch", 2),
+        slow(3, "dpo", "ema", 2), slow(3, "simpo", "batch", 1),
+    ],
+)  # fmt: skip
 def test_stop_and_resume_equal_an_undisturbed_run_bit_for_bit(
     stop, loss, mean, ranks, tiny_world, tmp_path
 ):
@@ -399,7 +408,7 @@ def undisturbed(tiny_world, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "ranks, number", [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)]
+    "ranks, number", [(1, signal.SIGTERM), slow(1, signal.SIGINT), (2, signal.SIGTERM)]
 )
 def test_a_signal_finishes_the_step_saves_and_exits_0(
     ranks, number, undisturbed, tiny_world, tmp_path
@@ -420,7 +429,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_0(
         close(a, b, 0)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [slow(1), 2])
 def test_a_signal_ends_an_evaluation_which_is_made_up_for(ranks, tiny_world, tmp_path):
     held_out = make_rows(tmp_path / "many.jsonl", 600, seed=3)
     more = ("--max_steps=3", "--eval_every=2", f"--eval_split={held_out}")
@@ -446,7 +455,7 @@ def sleepy_saves(rank):
     train_ganpo.save_state = save
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [slow(1), 2])
 def test_a_signal_during_a_save_lets_it_finish(ranks, undisturbed, tiny_world, tmp_path):
     out, log = tmp_path / "r", tmp_path / "log"
     more = (*LONG, "--save_every=3")
@@ -574,7 +583,7 @@ def survive(world, folder, kills, seed):
             struck.pop()
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, slow(20)])
 def test_kill_9_at_random_moments_and_resume_give_the_undisturbed_weights(
     kills, tiny_world, tmp_path
 ):

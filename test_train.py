@@ -872,7 +872,11 @@ def test_presets_and_derived_defaults():
 
 
 @pytest.mark.parametrize(
-    "preset, family", [("gemma-2-2b-it", "gemma2"), ("llama-3-8b-instruct", "llama")]
+    "preset, family",
+    [
+        ("gemma-2-2b-it", "gemma2"),
+        pytest.param("llama-3-8b-instruct", "llama", marks=pytest.mark.slow),
+    ],
 )
 def test_the_papers_presets_train_a_tiny_model_of_their_family(
     preset, family, tiny_world, tmp_path

@@ -10,10 +10,8 @@ The flags are in parse_args, Algorithm 1 is train_step, the loop around it is tr
 Shapes: B pairs, N = 2B sequences, T tokens, H hidden; b pairs in one micro-batch or on one rank.
 """
 
-import argparse
 import json
 import math
-import os
 import shlex
 import sys
 import time
@@ -27,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 import attention
 import distributed
@@ -48,14 +46,14 @@ from checkpoint import (
 from data import (
     InputError,
     batch_indices,
-    check_model_name,
-    first_line,
+    load_held_out,
     load_pairs,
     pack,
     plan_forwards,
 )
 from discriminator import build_discriminator
 from distributed import all_ranks, print0
+from flags import DTYPES, Parser, at_least_0, count, fraction, natural, number, positive, refuse
 from generate import quiet
 from losses import (
     LN2,
@@ -67,7 +65,7 @@ from losses import (
     latent_mse,
     relativistic_bce,
 )
-from policy import at_least_fp32, check_config, load_lm
+from policy import at_least_fp32, load_lm, read_model_config, read_tokenizer
 
 # ---------------------------------------------------------------------- flags
 
@@ -95,39 +93,12 @@ PRESETS = {  # what --preset sets; every flag still overrides it
     ),
 }
 FINAL_TEMPERATURES = 0.0, 0.7, 1.0
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 # fmt: on
-
-
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: a finite number in [low, high], or above low."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
-        if not low <= value <= high or value == math.inf or above and value == low:  # or nan
-            ends = "(" if above else "[", ")" if high == math.inf else "]"
-            raise argparse.ArgumentTypeError(f"{text} is not in {ends[0]}{low}, {high}{ends[1]}")
-        return value
-
-    return parse
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line instead of the usage of 40 flags
-        raise InputError(message)
 
 
 def parse_args(argv):
     # fmt: off
-    positive, share = number(float, 0, above=True), number(float, 0, 1)
-    at_least_0, count, natural = number(float, 0), number(int, 1), number(int, 0)
-    layout = partial(argparse.HelpFormatter, max_help_position=32, width=100)
-    about = __doc__.split("\n\n")[0]
-    usage = "torchrun train_ganpo.py [--flag value ...]"
-    parser = Parser("train_ganpo.py", usage, about, allow_abbrev=False, formatter_class=layout)
+    parser = Parser("train_ganpo.py", __doc__, "torchrun train_ganpo.py [--flag value ...]")
     # in brackets the default and where it comes from; App. B, Fig 10, Eq, Alg. 1 are the paper's
     add = parser.add_argument_group("what to train").add_argument
     add("--preset", choices=PRESETS, default="mini", help="settings to start from [mini, ours]")
@@ -144,7 +115,7 @@ def parse_args(argv):
     add("--gamma_beta_ratio", type=at_least_0, help="SimPO gamma / beta [0.3 or 0.5, its authors]")
     add = parser.add_argument_group("adversarial regulariser").add_argument
     add("--lambda_adv", type=at_least_0, help="weight; 0: plain --loss [1, App. B; mini 0.1]")
-    add("--lambda_warmup", type=share, default=0.0, help="share of steps of its rise [0, ours]")
+    add("--lambda_warmup", type=fraction, default=0.0, help="share of steps of its rise [0, ours]")
     add("--adv_loss", choices=["minimax", "nonsaturating"], default="minimax", help="[Eq 18]")
     add("--mean", choices=["ema", "batch"], default="ema", help="means of the scores [ema, Alg. 1]")
     add("--ema_decay", type=number(float, 0, 0.999999), default=0.9, help="alpha [0.9, App. B]")
@@ -156,7 +127,7 @@ def parse_args(argv):
     add("--disc_every", type=count, default=1, help="steps per discriminator update [1, Alg. 1]")
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=at_least_0, help="peak [5e-7 Gemma, 1e-6 Llama, App. B; mini 1e-4, ours]")
-    add("--warmup", type=share, default=0.1, help="share of steps, then cosine to 0 [0.1, App. B]")
+    add("--warmup", type=fraction, default=0.1, help="share of steps, then cosine [0.1, App. B]")
     add("--weight_decay", type=at_least_0, default=0.0, help="of the policy [0, ours]")
     add("--grad_clip", type=positive, default=1.0, help="norm of the policy's gradient [1, ours]")
     add("--batch_size", type=count, help="pairs per step over all ranks [128, App. B; mini 32]")
@@ -220,30 +191,14 @@ def check_input(args, world, device):
         raise InputError("--dtype bfloat16: this GPU cannot; pass --dtype float32")
     if args.batch_size % world:
         raise InputError(f"--batch_size {args.batch_size} is not divisible by {world} ranks")
-    for name in (args.model, args.ref_model):
-        check_model_name(name)
-    try:
-        # a model's own code is not run, nor asked for
-        config, ref_config = (
-            AutoConfig.from_pretrained(m, trust_remote_code=False)
-            for m in (args.model, args.ref_model)
-        )
-        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
-        check_config(config, args.max_length)
-        check_config(ref_config, args.max_length)
-    except Exception as error:  # transformers and tokenizers raise what they like
-        models = " ".join(dict.fromkeys((args.model, args.ref_model)))
-        raise InputError(f"--model {models}: {first_line(error)}") from None
+    config = read_model_config(args.model, args.max_length)
+    ref_config = read_model_config(args.ref_model, args.max_length, "--ref_model")
+    tokenizer = read_tokenizer(args.model, args.chat_template)
     for c in (config, ref_config):
         attention.choose(args.attention, c, device, DTYPES[args.dtype])
     if args.lambda_adv > 0 and config.hidden_size != ref_config.hidden_size:
         sizes = f"{config.hidden_size}, of the reference {ref_config.hidden_size}"
         raise InputError(f"hidden size of the policy {sizes}: their latents cannot be compared")
-    if args.chat_template:
-        try:
-            tokenizer.chat_template = Path(args.chat_template).read_text()
-        except (OSError, UnicodeError) as error:
-            raise InputError(f"--chat_template: {error}") from None
     data = load_pairs(args.dataset, args.split, tokenizer, args.max_length, print0)
     if len(data.triplets) < args.batch_size:
         fewer = f"fewer pairs than --batch_size {args.batch_size}"
@@ -251,13 +206,7 @@ def check_input(args, world, device):
     largest = max(int(ids.max()) for t in data.triplets for ids in t[:3])
     if largest >= min(config.vocab_size, ref_config.vocab_size):
         raise InputError(f"token id {largest} is beyond the model's {config.vocab_size}")
-    held_out = None
-    if args.eval_every:
-        own_file = Path(args.eval_split).is_file()
-        source = (args.eval_split, "train") if own_file else (args.dataset, args.eval_split)
-        held_out = load_pairs(*source, tokenizer, args.max_length, print0)
-        if not held_out.triplets:
-            raise InputError(f"{source[0]}: no held-out pair is left: {held_out.summary()}")
+    held_out = load_held_out(args, tokenizer, args.max_length, print0) if args.eval_every else None
     return tokenizer, config, data, held_out
 
 
@@ -683,13 +632,12 @@ def final_table(run, out_dir):
     prompts = Path(args.dataset).with_name("prompts.jsonl")
     tasks = miniature.read_tasks(prompts)[: args.final_eval]
     for temperature in FINAL_TEMPERATURES:
-        verdicts = {}
-        for name, model in (("reference", args.ref_model), ("policy", out_dir / "hf")):
-            mine = miniature.examine(model, tasks[run.rank :: run.world], temperature, args.seed)
-            shares = [None] * run.world
-            dist.all_gather_object(shares, mine)
-            verdicts[name] = [shares[i % run.world][i // run.world] for i in range(len(tasks))]
-        rows += report.compare(temperature, **verdicts)
+        settings = {"temperature": temperature, "seed": args.seed}
+        verdicts = [
+            distributed.share_out(tasks, partial(miniature.examine, model, **settings))
+            for model in (args.ref_model, out_dir / "hf")
+        ]
+        rows += report.compare(temperature, *verdicts)
     table = report.Table(out_dir / "final.csv", report.FINAL_COLUMNS)
     for row in rows:
         table.write(row)
@@ -799,10 +747,8 @@ def main(argv=None):
     try:
         with ExitStack() as stack:
             train(parse_args(argv), argv, stack)
-    except (InputError, FloatingPointError, OSError) as error:  # all ranks find them, one speaks
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        sys.exit(f"train_ganpo.py: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+    except (InputError, FloatingPointError, OSError) as error:
+        refuse("train_ganpo.py", error)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,288 @@
+"""Pictures of what the other programs wrote; nothing is computed here but r and its interval.
+
+    python plots.py out/run-000 out/run-001 [--out figures] [--temperature 0.7]
+
+A RUN is a folder of train_ganpo.py (metrics.csv, config.json) with eval_alpaca.py's folder in it
+(eval-*/results.json, scores.jsonl), or such an evaluation alone. What a figure needs and no run has
+is left out, and said.
+
+    temperature.png   Fig 3a, 3b    win rate and strict accuracy against temperature
+    critic.png        Fig 4         discriminator's and reward model's score against the judge's
+    length.png        Fig 5         win rate by length of the answer
+    margin.png        Fig 6-9       margins over training, with and without the adversarial term
+    health.png        ours          discriminators over training, with what they would show if blind
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from data import InputError
+from flags import Parser, at_least_0
+from report import read_config
+
+# Okabe and Ito's colours, which colour-blind eyes tell apart, in an order of falling darkness;
+# lines and marks differ too, for print in grey
+STYLES = [
+    dict(color="#000000", linestyle="-", marker="o"),
+    dict(color="#0072B2", linestyle="--", marker="s"),
+    dict(color="#D55E00", linestyle="-.", marker="^"),
+    dict(color="#009E73", linestyle=":", marker="D"),
+    dict(color="#CC79A7", linestyle="-", marker="v"),
+    dict(color="#E69F00", linestyle="--", marker="P"),
+]
+NEUTRAL = dict(color="0.5", linewidth=1, zorder=0)
+OUT_OF_DISTRIBUTION = (1.5, 2.0)  # Fig 4's temperatures
+
+
+class Run(NamedTuple):
+    name: str
+    style: dict
+    loss: str | None  # of its config.json
+    metrics: list[dict]  # rows of metrics.csv
+    results: list[dict]
+    scores: list[dict]
+
+
+def read_run(folder: Path, style: dict) -> Run:
+    """InputError if the folder holds nothing to draw, or more than one evaluation."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    config, metrics = read_config(folder) or {}, []
+    if (folder / "metrics.csv").is_file():
+        with (folder / "metrics.csv").open() as file:
+            metrics = [{k: float(v) for k, v in r.items() if v} for r in csv.DictReader(file)]
+    found = sorted(folder.glob("eval-*/results.json")) or sorted(folder.glob("results.json"))
+    if len(found) > 1:
+        names = ", ".join(f.parent.name for f in found)
+        raise InputError(f"{folder}: several evaluations: name one as RUN: {names}")
+    if not metrics and not found:
+        raise InputError(f"{folder}: neither metrics.csv nor results.json")
+    results, scores = [], []
+    for file in found:
+        results = json.loads(file.read_text())
+        scores = [json.loads(x) for x in (file.parent / "scores.jsonl").read_text().splitlines()]
+    if not config and folder.name.startswith("eval-"):
+        config = read_config(folder.parent) or {}
+    return Run(name_of(config) or folder.name, style, config.get("loss"), metrics, results, scores)
+
+
+def name_of(config: dict) -> str | None:
+    """As the paper writes it: DPO, GANPO(DPO), ..."""
+    if not config:
+        return None
+    loss = {"dpo": "DPO", "simpo": "SimPO", "ipo": "IPO", "sft": "SFT"}.get(config["loss"])
+    loss = loss or config["loss"]
+    if config["lambda_adv"] == 0:
+        return loss
+    return f"{loss} + MSE" if config["disc"] == "mse" else f"GANPO({loss})"
+
+
+def read_runs(folders: list[str]) -> list[Run]:
+    if len(folders) > len(STYLES):
+        raise InputError(f"{len(folders)} runs: more than {len(STYLES)} lines cannot be told apart")
+    runs = [read_run(Path(f), style) for f, style in zip(folders, STYLES, strict=False)]
+    names = [r.name for r in runs]
+    return [  # two runs of one method are told apart by their folders
+        r._replace(name=f"{r.name} {Path(f).name}") if names.count(r.name) > 1 else r
+        for r, f in zip(runs, folders, strict=True)
+    ]
+
+
+# ---------------------------------------------------------------------- figures
+# Each takes the runs -> a figure, or None if no run has what it shows.
+
+
+def temperature(runs, args):
+    runs = [r for r in runs if r.results]
+    panels = [("win_rate", "win rate, %"), ("strict_acc", "strict accuracy, %")]
+    panels = [
+        (k, t) for k, t in panels if any(row[k] is not None for r in runs for row in r.results)
+    ]
+    if not panels:
+        return None
+    figure, axes = canvas(1, len(panels))
+    for ax, (key, title) in zip(axes.flat, panels, strict=True):
+        for run in runs:
+            rows = [row for row in run.results if row[key] is not None]
+            rows.sort(key=lambda row: row["temperature"])
+            x, y, e = ([row[k] for row in rows] for k in ("temperature", key, f"{key}_se"))
+            ax.errorbar(x, y, e, label=run.name, capsize=2, markersize=4, **run.style)
+        ax.set(xlabel="temperature", ylabel=title)
+    axes.flat[0].set_title(judge_of(runs), fontsize=9, loc="left")
+    if panels[0][0] == "win_rate":
+        axes.flat[0].axhline(50, **NEUTRAL)
+    axes.flat[-1].legend()
+    return figure
+
+
+def judge_of(runs) -> str:
+    rows = [row for r in runs for row in r.results]
+    n = sorted({row["n"] for row in rows})
+    judges = ", ".join(sorted({row["judge"] for row in rows}))
+    return f"judge {judges}, n = {' to '.join(map(str, {n[0], n[-1]}))}"
+
+
+def critic(runs, args):
+    """One run: the first whose answers both have scored."""
+    keys = [("critic_pos", "discriminator's score"), ("reward", "reward model's score")]
+    for run in runs:
+        have = [k for k in keys if any(k[0] in row for row in run.scores)]
+        temperatures = sorted({row["temperature"] for row in run.scores} & set(OUT_OF_DISTRIBUTION))
+        if "critic_pos" in dict(have) and temperatures:
+            break
+    else:
+        return None
+    figure, axes = canvas(len(temperatures), len(have), sharey=True)
+    for row_of_axes, t in zip(axes, temperatures, strict=True):
+        for ax, (key, title) in zip(row_of_axes, have, strict=True):
+            rows = [s for s in run.scores if s["temperature"] == t and s.get("sample", 0) == 0]
+            x, y = np.array([(s[key], s["score"]) for s in rows]).T
+            r, low, high = pearson(x, y)
+            ax.plot(x, y, ".", color="#0072B2", markersize=3, alpha=0.4)
+            ax.set(xlabel=title, ylabel="judge's score")
+            text = f"T = {t:g}: r = {r:+.2f} [{low:+.2f}, {high:+.2f}], n = {len(x)}"
+            ax.set_title(text, fontsize=9, loc="left")
+    figure.suptitle(f"{run.name}, one answer per prompt; 95 % bootstrap interval", fontsize=9)
+    return figure
+
+
+def pearson(x, y, draws: int = 2000):
+    """r, and the ends of its 95 % bootstrap interval over answers."""
+    rng, n = np.random.default_rng(0), len(x)
+
+    def r(x, y):
+        x, y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
+        return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
+
+    rows = rng.integers(n, size=(draws, n))
+    low, high = np.quantile(r(x[rows], y[rows]), [0.025, 0.975])
+    return float(r(x, y)), float(low), float(high)
+
+
+def length(runs, args):
+    """Buckets hold a quarter each of all runs' answers."""
+    rows = {
+        run.name: [
+            s for s in run.scores if s["temperature"] == args.temperature and s["win"] is not None
+        ]
+        for run in runs
+    }
+    lengths = [s["length"] for of_run in rows.values() for s in of_run]
+    if not lengths:
+        return None
+    edges = np.unique(np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1]).round())
+    figure, axes = canvas(1, 1)
+    ax, shown = axes.flat[0], [r for r in runs if rows[r.name]]
+    for i, run in enumerate(shown):
+        where = np.array([s["length"] for s in rows[run.name]])
+        win = 100 * np.array([s["win"] for s in rows[run.name]])
+        bucket = np.clip(np.searchsorted(edges, where, side="left") - 1, 0, len(edges) - 2)
+        parts = [win[bucket == b] for b in range(len(edges) - 1)]
+        x = np.arange(len(parts)) + 0.08 * (i - (len(shown) - 1) / 2)
+        y = [p.mean() if len(p) else np.nan for p in parts]
+        e = [p.std(ddof=1) / len(p) ** 0.5 if len(p) > 1 else np.nan for p in parts]
+        ax.errorbar(x, y, e, label=run.name, capsize=2, markersize=4, **run.style)
+    low = [edges[0], *(edges[1:-1] + 1)]
+    ax.set_xticks(
+        range(len(edges) - 1), [f"{a:g} to {b:g}" for a, b in zip(low, edges[1:], strict=True)]
+    )
+    ax.axhline(50, **NEUTRAL)
+    ax.set(xlabel="characters of the answer (quarters of all)", ylabel="win rate, %")
+    ax.set_title(f"{judge_of(shown)}, T = {args.temperature:g}", fontsize=9, loc="left")
+    ax.legend()
+    return figure
+
+
+def margin(runs, args):
+    losses = [x for x in dict.fromkeys(r.loss for r in runs if r.metrics) if x]
+    if not losses:
+        return None
+    figure, axes = canvas(1, len(losses))
+    for ax, loss in zip(axes.flat, losses, strict=True):
+        for run in (r for r in runs if r.loss == loss and r.metrics):
+            over_training(ax, run, "margin")
+        ax.axhline(0, **NEUTRAL)
+        ax.set(xlabel="step", ylabel="reward margin, chosen - rejected")
+        ax.legend()
+    return figure
+
+
+def health(runs, args):
+    runs = [r for r in runs if any("d_ra" in row for row in r.metrics)]
+    if not runs:
+        return None
+    panels = [
+        (("disc_acc_pos", "disc_acc_neg"), "P[C(h_ref) > C(h_theta)]", 0.5),
+        (("score_gap_pos", "score_gap_neg"), "score gap, ref - policy", 0),
+        (("d_ra",), "d_ra", 0),
+        (("adv_to_opo_grad",), "|adversarial| / |preference| gradient", None),
+    ]
+    figure, axes = canvas(2, 2)
+    for ax, (keys, title, neutral) in zip(axes.flat, panels, strict=True):
+        for run in runs:
+            for key, width in zip(keys, (2, 1), strict=False):
+                sign = f" {key[-3:]}" if len(keys) > 1 else ""
+                over_training(ax, run, key, run.name + sign, width)
+        if neutral is not None:
+            ax.axhline(neutral, **NEUTRAL)
+        ax.set(xlabel="step", ylabel=title)
+    axes.flat[0].legend(fontsize=7)
+    figure.suptitle("grey: what critics show that cannot tell policy from reference", fontsize=9)
+    return figure
+
+
+def over_training(ax, run, key, label=None, width=1.5):
+    """A column of metrics.csv, averaged over a twentieth of the run."""
+    rows = [row for row in run.metrics if key in row]
+    step, value = (np.array([row[k] for row in rows]) for k in ("step", key))
+    window = max(1, len(rows) // 20)
+    kernel = np.ones(window) / window
+    style = {k: v for k, v in run.style.items() if k != "marker"} | {"linewidth": width}
+    ax.plot(np.convolve(step, kernel, "valid"), np.convolve(value, kernel, "valid"),
+            label=label or run.name, **style)  # fmt: skip
+
+
+def canvas(rows, columns, **settings):
+    """Legible at README's width."""
+    width = 8 if columns > 1 else 5
+    return plt.subplots(
+        rows, columns, figsize=(width, 3.2 * rows), squeeze=False, layout="constrained", **settings
+    )
+
+
+FIGURES = {f.__name__: f for f in (temperature, critic, length, margin, health)}
+
+
+def main(argv=None):
+    parser = Parser("plots.py", __doc__, "plots.py RUN [RUN ...] [--out figures]")
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--out", default="figures", help="[figures]")
+    parser.add_argument("--temperature", type=at_least_0, default=0.7, help="of Fig 5 [0.7]")
+    try:
+        args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+        runs = read_runs(args.runs)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        for name, draw in FIGURES.items():
+            figure = draw(runs, args)
+            if figure is None:
+                print(f"{name}: nothing to draw in these runs")
+                continue
+            path = Path(args.out) / f"{name}.png"
+            figure.savefig(path, dpi=150, metadata={"Software": None})
+            plt.close(figure)
+            print(f"wrote {path}")
+    except (InputError, OSError) as error:
+        sys.exit(f"plots.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""A Bradley-Terry reward model on the same pairs: trains it, and scores answers with it.
+
+    torchrun reward_model.py                                  # the miniature's pairs: half a minute
+    torchrun reward_model.py --model DIR --dataset pairs.jsonl --lr 2e-6 --dtype bfloat16
+
+    scores = RewardModel("out/reward/hf", device).score(conversations, answers)
+
+The reward of an answer is a linear head's value at the last token of the chat template's text. The
+weights are an AutoModelForSequenceClassification of one label, as published reward models
+(Skywork-Reward-V2-Llama-3.1-8B) are, so those are read as they come.
+Shapes: B pairs, N sequences, T tokens, H hidden.
+"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    get_cosine_schedule_with_warmup,
+)
+
+import attention
+import distributed
+import miniature
+import report
+from checkpoint import export_policy
+from data import (
+    ChatEncoder,
+    InputError,
+    batch_indices,
+    check_model_name,
+    first_line,
+    load_held_out,
+    load_pairs,
+    pack,
+    plan_forwards,
+)
+from distributed import print0
+from flags import DTYPES, Parser, count, fraction, natural, number, positive, refuse
+from generate import quiet
+from losses import bradley_terry_loss
+from policy import PackedLM, at_least_fp32, load_lm, read_model_config, read_tokenizer
+
+COLUMNS = "step loss accuracy lr grad_norm".split()
+
+
+class RewardLM(PackedLM):
+    """PackedLM with a scalar head at the last token of each sequence."""
+
+    auto, settings = AutoModelForSequenceClassification, {"num_labels": 1}
+
+    def forward(self, batch):
+        """data.Packed -> rewards (2B,): B chosen, then B rejected, in fp32 at least."""
+        h = super().forward(batch, head=False).h[0]
+        last = batch.gather.gather(1, batch.mask.sum(1, keepdim=True) - 1)[:, 0]
+        return head(self.model, h[last])
+
+
+def head(model, h):
+    """(N, H) -> (N,)"""
+    return at_least_fp32(model.score(h)).sum(-1)  # of one; FSDP2 wants no view
+
+
+class RewardModel:
+    """Scores answers with a folder or Hub id. InputError if it is no reward model."""
+
+    def __init__(self, name: str, device: torch.device, dtype=torch.float32):
+        check_model_name(name, "--reward_model")
+        own_code = dict(trust_remote_code=False)
+        try:
+            config = AutoConfig.from_pretrained(name, **own_code)
+            self.encoder = ChatEncoder(AutoTokenizer.from_pretrained(name, **own_code))
+            if not any("SequenceClassification" in a for a in config.architectures or ()):
+                raise InputError("no reward model (no AutoModelForSequenceClassification)")
+            model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype)
+        except Exception as error:  # transformers and tokenizers raise what they like
+            raise InputError(f"--reward_model {name}: {first_line(error)}") from None
+        if model.num_labels != 1:
+            raise InputError(f"--reward_model {name}: {model.num_labels} labels, not one")
+        self.model = model.to(device).eval()
+
+    @torch.inference_mode()
+    def score(self, conversations: list, answers: list[str], batch_size: int = 32) -> list[float]:
+        """Conversations that end with a user's turn, an answer to each -> rewards."""
+        limit = self.model.config.max_position_embeddings
+        texts = [
+            self.encoder.whole(messages, self.encoder.plain(answer))[:limit]
+            for messages, answer in zip(conversations, answers, strict=True)
+        ]
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        rewards = [0.0] * len(texts)
+        for first in range(0, len(order), batch_size):
+            rows = order[first : first + batch_size]
+            h, mask = hidden_states(self.model, [texts[i] for i in rows])
+            scores = head(self.model, h[torch.arange(len(rows)), mask.sum(1) - 1])
+            for i, score in zip(rows, scores.tolist(), strict=True):
+                rewards[i] = score
+        return rewards
+
+
+def hidden_states(model, texts: list[list[int]]):
+    """Token ids through a Hugging Face model's trunk, padded on the right -> after the final norm
+    (N, T, H), and the mask (N, T) bool."""
+    lengths = torch.tensor([len(ids) for ids in texts], device=model.device)
+    width = int(lengths.max())
+    ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in texts], device=model.device)
+    mask = torch.arange(width, device=model.device) < lengths[:, None]
+    out = model.base_model(ids, attention_mask=mask.long(), use_cache=False)
+    return out.last_hidden_state, mask
+
+
+# ---------------------------------------------------------------------- training
+
+
+def with_tail(triplets, encoder):
+    """Whole answers with what the template puts after the end of turn, as in RewardModel.score."""
+
+    def add(ids):
+        return np.append(ids, encoder.tail).astype(ids.dtype) if whole(ids) else ids
+
+    def whole(ids):
+        return encoder.tail and ids[-1] == encoder.end_of_turn
+
+    return [t._replace(chosen=add(t.chosen), rejected=add(t.rejected)) for t in triplets]
+
+
+def fit(lm, triplets, args, device, write):
+    """--epochs of Adam on L_BT; write(row) hears of every step's means over its pairs."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    optimizer = torch.optim.AdamW(lm.parameters(), args.lr, weight_decay=0.0, fused=True)
+    steps = args.epochs * (len(triplets) // args.batch_size)
+    schedule = get_cosine_schedule_with_warmup(optimizer, int(args.warmup * steps), steps)
+    for step in range(steps):
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        order = batch_indices(step, len(triplets), args.batch_size, args.seed)
+        pairs = [triplets[i] for i in order]
+        for part in plan_forwards(pairs, world, args.micro_batch_size, args.micro_tokens):
+            chosen, rejected = lm(pack(part[rank]).to(device)).chunk(2)
+            losses = bradley_terry_loss(chosen, rejected)
+            (losses.sum() * world / args.batch_size).backward()  # FSDP2 averages over ranks
+            won = ((chosen - rejected).sign() + 1) / 2
+            sums += torch.stack([losses, won]).detach().double().sum(1)
+        norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), args.grad_clip).full_tensor()
+        dist.all_reduce(sums)
+        loss, accuracy = (sums / args.batch_size).tolist()
+        row = dict(step=step + 1, loss=loss, accuracy=accuracy, lr=schedule.get_last_lr()[0])
+        if not np.isfinite(loss + norm.item()):
+            raise FloatingPointError(f"step {step + 1}: loss {loss}, gradient {norm.item()}")
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        write(row | {"grad_norm": norm.item(), "steps": steps})
+
+
+@torch.no_grad()
+def margins(lm, triplets, args, device):
+    """reward(chosen) - reward(rejected) of every pair, in order, on all ranks, (B,) float64."""
+    index = {t.row: i for i, t in enumerate(triplets)}
+    found = torch.zeros(len(triplets), dtype=torch.float64, device=device)
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    for part in plan_forwards(triplets, ranks, args.micro_batch_size, args.micro_tokens):
+        batch = pack(part[rank] or triplets[:1]).to(device)  # a forward is collective
+        chosen, rejected = lm(batch).chunk(2)
+        if part[rank]:
+            found[[index[row] for row in batch.rows]] = (chosen - rejected).double()
+    dist.all_reduce(found)
+    return found
+
+
+def parse_args(argv):
+    # fmt: off
+    parser = Parser("reward_model.py", __doc__)
+    add = parser.add_argument
+    add("--model", help="what to start from, a folder or a Hub id [the miniature's reference]")
+    add("--dataset", help="as for train_ganpo.py [the miniature's]")
+    add("--split", default="train", help="[train]")
+    add("--eval_split", help="held-out split or file [the miniature's; none for own data]")
+    add("--chat_template", help="a jinja file [the tokenizer's own]")
+    add("--max_length", type=number(int, 2), help="[2048; miniature 256]")
+    add("--lr", type=positive, default=1e-3, help="[1e-3, for the miniature; 2B: about 1e-5]")
+    add("--warmup", type=fraction, default=0.1, help="share of steps, then cosine to 0 [0.1]")
+    add("--grad_clip", type=positive, default=1.0, help="[1]")
+    add("--epochs", type=count, default=1, help="[1]")
+    add("--batch_size", type=count, default=32, help="pairs per step over all ranks [32]")
+    add("--micro_batch_size", type=count, default=8, help="pairs per forward and rank [8]")
+    add("--micro_tokens", type=count, default=16384, help="their tokens at most [16384]")
+    add("--dtype", choices=DTYPES, default="float32", help="of compute [float32]")
+    add("--checkpointing", action="store_true", help="recompute layers in backward")
+    add("--seed", type=natural, default=0, help="[0]")
+    add("--timeout", type=positive, default=600, help="seconds to wait for another rank [600]")
+    add("--out_dir", default="out/reward", help="[out/reward]")
+    # fmt: on
+    args = parser.parse_args(argv)
+    world = miniature.ROOT / f"seed{args.seed}"
+    if args.dataset is None and args.eval_split is None:
+        args.eval_split = str(world / "test.jsonl")
+    args.max_length = args.max_length or (2048 if args.dataset else 256)
+    args.model = args.model or str(world / "model")
+    args.dataset = args.dataset or str(world / "train.jsonl")
+    return args
+
+
+def train(args):
+    device = distributed.start(args.timeout)
+    world = miniature.ROOT / f"seed{args.seed}"
+    if world in (Path(args.model).parent, Path(args.dataset).parent):
+        distributed.from_rank_0(lambda: miniature.build(args.seed, log=print0), "miniature:")
+    out_dir = Path(args.out_dir)
+    if out_dir.exists() and any(out_dir.iterdir()):
+        raise InputError(f"--out_dir {out_dir}: not empty")
+    if args.batch_size % dist.get_world_size():
+        raise InputError(f"--batch_size {args.batch_size}: {dist.get_world_size()} ranks")
+    config = read_model_config(args.model, args.max_length)
+    tokenizer = read_tokenizer(args.model, args.chat_template)
+    encoder = ChatEncoder(tokenizer)
+    length = args.max_length - len(encoder.tail)
+    data = load_pairs(args.dataset, args.split, tokenizer, length, print0)
+    if len(data.triplets) < args.batch_size:
+        raise InputError(f"{args.dataset}: fewer pairs than --batch_size: {data.summary()}")
+    print0(f"data: {data.summary()}")
+    held_out = load_held_out(args, tokenizer, length, print0) if args.eval_split else None
+    dtype = DTYPES[args.dtype]
+    loader = partial(
+        load_lm, args.model, torch.promote_types(dtype, torch.float32), args.checkpointing,
+        attention.choose("auto", config, device, dtype), wrapper=RewardLM,
+    )  # fmt: skip
+    torch.manual_seed(args.seed)  # the head's start
+    mesh = distributed.make_mesh(device)
+    lm = distributed.load_sharded(loader, mesh, device, dtype, f"--model {args.model}:")
+    lm.model.config.pad_token_id = tokenizer.pad_token_id  # for those who pad
+    distributed.from_rank_0(lambda: out_dir.mkdir(parents=True, exist_ok=True), "--out_dir")
+    table = report.Table(out_dir / "metrics.csv", COLUMNS)
+
+    def write(row):
+        steps = row.pop("steps")
+        table.write(row)
+        if row["step"] % max(1, steps // 20) == 0 or row["step"] == steps:
+            print0(
+                f"{row['step']:>5}/{steps} loss {row['loss']:.4f} accuracy {row['accuracy']:.2f}"
+                f" grad {row['grad_norm']:.1e}"
+            )
+
+    fit(lm, with_tail(data.triplets, encoder), args, device, write)
+    if held_out:
+        m = margins(lm, with_tail(held_out.triplets, encoder), args, device)
+        accuracy, loss = ((m.sign() + 1) / 2).mean(), bradley_terry_loss(m, 0 * m).mean()
+        print0(f"held out: {len(m)} pairs, loss {loss:.4f}, accuracy {accuracy:.3f}")
+    export_policy(lm, tokenizer, out_dir / "hf")
+    if dist.get_rank() == 0:
+        (out_dir / "config.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+    print0(f"wrote {out_dir / 'hf'}")
+    distributed.stop()
+
+
+def main(argv=None):
+    quiet()
+    try:
+        train(parse_args(sys.argv[1:] if argv is None else argv))
+    except (InputError, FloatingPointError, OSError) as error:
+        refuse("reward_model.py", error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,800 @@
+"""Claims about evaluation: winrate.py, eval_alpaca.py, reward_model.py, plots.py.
+
+    python -m pytest -q test_eval.py -m "not slow"
+
+Rates are compared with AlpacaEval's published ones and with sums written out here; answers and
+scores with the same models called one answer at a time.
+"""
+
+import csv
+import gzip
+import json
+import random
+import re
+import shutil
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+import eval_alpaca
+import miniature
+import plots
+import reward_model
+import winrate
+from checkpoint import load_discriminators
+from data import ChatEncoder, InputError, load_pairs, pack
+from generate import generate
+from policy import load_lm
+from reward_model import RewardLM, RewardModel
+from test_data import tiny
+from test_miniature import first_command
+from test_train import HERE, LN2, SHARED, make_model, rows_of, run, tiny_world
+
+__all__ = ["tiny_world"]  # the fixture
+
+ALPACA = SHARED / "alpaca_eval"
+needs_alpaca = pytest.mark.skipif(not ALPACA.is_dir(), reason=f"{ALPACA} is not there")
+PUBLISHED = ("FuseChat-Llama-3.2-1B-Instruct", "gpt-3.5-turbo-0301", "vicuna-13b")
+
+
+def json_of(path):
+    return json.loads(path.read_text())
+
+
+def alpaca_baseline():
+    return json.loads(gzip.decompress((ALPACA / f"{eval_alpaca.BASELINE_FILE}.gz").read_bytes()))
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+# ---------------------------------------------------------------------- win rates
+
+
+def annotate(file, out):
+    judge = ["--judge=annotations", f"--annotations={file}", f"--alpaca_data={ALPACA}"]
+    eval_alpaca.main([*judge, f"--out={out}"])
+    (row,) = json_of(out / "results.json")
+    return row
+
+
+def annotations(model):
+    with gzip.open(ALPACA / "annotations" / f"{model}.jsonl.gz", "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+@needs_alpaca
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_published_annotations_give_the_published_rates(model, tmp_path):
+    expected = json_of(ALPACA / "expected.json")[model]
+    row = annotate(ALPACA / "annotations" / f"{model}.jsonl.gz", tmp_path)
+    assert abs(row["win_rate"] - expected["win_rate_published"]) < 1e-6
+    assert abs(row["win_rate_se"] - expected["se_published"]) < 1e-6
+    assert abs(row["lc_win_rate"] - expected["lc_published"]) < 0.02
+    assert abs(row["avg_length"] - expected["avg_length_published"]) < 1
+    assert (row["model"], row["baseline"], row["n"]) == (model, "gpt4_1106_preview", 805)
+    assert row["strict_acc"] is row["mean_score"] is row["temperature"] is None
+
+
+@needs_alpaca
+def test_reordered_and_missing_annotations_keep_their_own_difficulties(tmp_path, capsys):
+    rows = annotations("vicuna-13b")
+    straight = annotate(write_lines(tmp_path / "all.jsonl", rows), tmp_path / "a")
+    random.Random(0).shuffle(rows)
+    mixed = annotate(write_lines(tmp_path / "mixed.jsonl", rows), tmp_path / "b")
+    assert abs(mixed["lc_win_rate"] - straight["lc_win_rate"]) < 1e-9
+    # the easy half missing: the rate moves as the difficulties of those that are left say
+    with (ALPACA / "instruction_difficulty.csv").open() as file:
+        difficulty = [float(r["instruction_difficulty"]) for r in csv.DictReader(file)]
+    left = [r for r in rows if difficulty[r["index"]] < np.median(difficulty)]
+    capsys.readouterr()
+    half = annotate(write_lines(tmp_path / "half.jsonl", left), tmp_path / "c")
+    assert f"{len(left)} of 805 instructions are annotated" in capsys.readouterr().out
+    baseline = alpaca_baseline()
+    with (ALPACA / "df_gamed.csv").open() as file:
+        gamed = list(csv.DictReader(file))
+    x = [
+        [np.tanh(float(r["std_delta_len"])), float(r["instruction_difficulty"]),
+         r["not_gamed_baseline"] == "True"]
+        for r in gamed
+    ]  # fmt: skip
+    expected = winrate.length_controlled(
+        np.array([r["preference"] - 1 for r in left]),
+        np.array([len(baseline[r["index"]]["output"]) - len(r["output_2"]) for r in left], float),
+        np.array([difficulty[r["index"]] for r in left]),
+        (np.array(x, float), np.array([float(r["preference"]) for r in gamed])),
+    )
+    assert abs(half["lc_win_rate"] - expected) < 1e-9
+
+
+@needs_alpaca
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(instruction="No such thing."), "row 3: not one of AlpacaEval's instructions"),
+        (dict(preference=None), r"row 3: preference None is not in \[1, 2\]"),
+        (dict(preference=0.4), r"row 3: preference 0.4 is not in \[1, 2\]"),
+        (dict(output_2=None), "row 3: .* or no output"),
+        (0, "row 3: .* twice"),
+    ],
+)
+def test_annotations_that_cannot_be_used_are_named(change, message, tmp_path):
+    rows = annotations("vicuna-13b")[:5]
+    rows[3] = rows[0] if change == 0 else rows[3] | change
+    with pytest.raises(SystemExit, match=rf"^eval_alpaca.py: --annotations .*{message}"):
+        annotate(write_lines(tmp_path / "x.jsonl", rows), tmp_path / "out")
+
+
+def test_the_logistic_fit_is_a_minimum_of_the_penalised_cross_entropy():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(200, 3)), rng.random(200)
+    weight = rng.random(200)
+    y[:100] = x[:100, 0] > x[:100, 1]
+    x[:, 2] *= 1e-3  # of no use: the penalty sets its coefficient to 0
+
+    def objective(b):
+        p = 1 / (1 + np.exp(-x @ b))
+        loss = -(weight * (y * np.log(p) + (1 - y) * np.log(1 - p))).sum()
+        return loss + winrate.L1 * abs(b).sum()
+
+    b = winrate.logistic_regression(x, y, weight)
+    assert b[2] == 0 and abs(b[:2]).min() > 0.01
+    for i in range(3):
+        for step in (-1e-3, 1e-3):
+            moved = b.copy()
+            moved[i] += step
+            assert objective(moved) > objective(b)
+    gradient = x.T @ (weight * (winrate.sigmoid(x @ b) - y))
+    assert abs(gradient[:2] + winrate.L1 * np.sign(b[:2])).max() < 1e-8
+    assert abs(gradient[2]) <= winrate.L1
+
+
+def test_length_control_takes_out_what_length_explains_and_nothing_else():
+    rng = np.random.default_rng(0)
+    delta = rng.normal(size=4000) * 300
+    longer_wins = winrate.sigmoid(-3 * np.tanh(delta / delta.std()))
+    by_length = (rng.random(4000) < longer_wins).astype(float)
+    longer = delta < 100  # a model that mostly writes more, and wins by that alone
+    assert by_length[longer].mean() > 0.65
+    assert abs(winrate.length_controlled(by_length[longer], delta[longer]) - 50) < 4
+    of_its_own = (rng.random(4000) < 0.7).astype(float)
+    assert abs(winrate.length_controlled(of_its_own, delta) - 100 * of_its_own.mean()) < 0.5
+    same = winrate.length_controlled(of_its_own, 0 * delta)
+    assert abs(same - 100 * of_its_own.mean()) < 0.1
+    there = winrate.length_controlled(by_length, delta)
+    back = winrate.length_controlled(1 - by_length, -delta)
+    assert abs(there + back - 100) < 1e-6
+
+
+def test_errors_are_over_prompts_not_over_their_samples():
+    rows = [{"prompt": p, "x": v} for p, v in ((0, 1), (0, 0), (1, 1), (1, 1), (2, 0), (2, None))]
+    mean, error = winrate.mean_and_error(rows, "x", 100)
+    of_prompts = np.array([50.0, 100, 0])
+    assert (mean, error) == (50, of_prompts.std(ddof=1) / 3**0.5)
+    assert winrate.mean_and_error(rows, "y") == (None, None)
+    assert winrate.mean_and_error(rows[:1], "x") == (1.0, 0.0)
+
+
+def test_a_summary_has_every_column_and_the_table_shows_them_together():
+    rows = [
+        {"prompt": i, "win": w, "score": s, "strict": float(s == 1), "length": 10 + i,
+         "length_baseline": 12}
+        for i, (w, s) in enumerate([(1.0, 1.0), (0.5, 0.25), (0.0, 0.5), (1.0, 1.0)])
+    ]  # fmt: skip
+    names = dict(model="m", baseline="b", judge="mini", temperature=0.7, seed=0)
+    row = winrate.summary(rows, **names)
+    assert list(row) == winrate.RESULT_COLUMNS
+    assert (row["n"], row["win_rate"], row["strict_acc"], row["avg_length"]) == (4, 62.5, 50, 11.5)
+    assert row["mean_score"] == 0.6875 and row["loose_acc"] is None
+    text = winrate.table([row])
+    assert "judge mini, model m, baseline b" in text
+    lc, error = f"{row['lc_win_rate']:.1f}", f"{row['win_rate_se']:.1f}"
+    assert re.search(rf"0.7 +4 +62.5 \+- {error} +{lc} +0.688 \+- 0.1\d+ +50.0 \+- 28.9 +12$", text)
+
+
+# ---------------------------------------------------------------------- the program
+
+
+@pytest.fixture(scope="module")
+def exam(tmp_path_factory):
+    """A tiny model, another as a baseline, and twelve of the miniature's prompts."""
+    folder = tmp_path_factory.mktemp("exam")
+    make_model(folder / "model", seed=1)
+    make_model(folder / "other", seed=2)
+    tasks = miniature.draw_tasks(random.Random(0), 12, distinct=True)
+    write_lines(folder / "prompts.jsonl", [t._asdict() for t in tasks])
+    return folder
+
+
+def examine(folder, out, *more, model="model", prompts="prompts.jsonl"):
+    eval_alpaca.main([
+        f"--model={folder / model}", f"--prompts={folder / prompts}", f"--out={out}",
+        "--max_new_tokens=12", "--batch_size=5", "--temperatures", "0", "0.7", *more,
+    ])  # fmt: skip
+    return json_of(out / "results.json"), lines_of(out / "scores.jsonl")
+
+
+def texts_of(folder, tasks, temperature, samples=1):
+    encoder = ChatEncoder(AutoTokenizer.from_pretrained(folder))
+    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    chats = [miniature.chat(t.prompt) for t in tasks]
+    settings = dict(temperature=temperature, seed=0, max_new_tokens=12, samples=samples)
+    return [a.text for a in generate(lm, encoder, chats, **settings)]
+
+
+def test_scores_and_rates_are_those_of_each_answer_judged_by_itself(exam, tmp_path, capsys):
+    results, scores = examine(exam, tmp_path, f"--baseline={exam / 'other'}", "--samples=2")
+    tasks = miniature.read_tasks(exam / "prompts.jsonl")
+    assert [r["temperature"] for r in results] == [0, 0.7] and len(scores) == 48
+    for row in results:
+        t = row["temperature"]
+        own, other = (texts_of(exam / m, tasks, t, 2) for m in ("model", "other"))
+        verdicts = [miniature.judge(tasks[i // 2], text) for i, text in enumerate(own)]
+        gold = np.array([v.gold for v in verdicts])
+        rival = np.array([miniature.judge(tasks[i // 2], x).gold for i, x in enumerate(other)])
+        win = (gold > rival) + (gold == rival) / 2
+        here = [s for s in scores if s["temperature"] == t]
+        assert [s["score"] for s in here] == gold.tolist() and [s["win"] for s in here] == list(win)
+        assert [(s["length"], s["length_baseline"]) for s in here] == [
+            (len(a), len(b)) for a, b in zip(own, other, strict=True)
+        ]
+        assert row["win_rate"] == pytest.approx(100 * win.mean())
+        by_prompt = win.reshape(12, 2).mean(1)
+        assert row["win_rate_se"] == pytest.approx(100 * by_prompt.std(ddof=1) / 12**0.5)
+        assert row["mean_score"] == pytest.approx(gold.mean()) and row["n"] == 12
+        assert row["strict_acc"] == 100 * np.mean([v.strict for v in verdicts])
+        outputs = json_of(tmp_path / f"model-T{t:g}.json")
+        assert [o["output"] for o in outputs] == own[::2]
+        assert set(outputs[0]) == {"instruction", "output", "generator", "dataset"}
+    printed = capsys.readouterr().out
+    assert "judge mini" in printed and printed.count("+-") == 7  # the legend's and 3 of each row
+
+
+def test_the_sidecar_says_how_the_answers_were_made(exam, tmp_path):
+    examine(exam, tmp_path)
+    meta = json_of(tmp_path / "model-T0.7.meta.json")
+    assert (meta["temperature"], meta["max_new_tokens"], meta["seed"]) == (0.7, 12, 0)
+    assert meta["chat_template"] == tiny().chat_template and "torch" in meta["versions"]
+    other = eval_alpaca.fingerprint(str(exam / "other"), None)
+    assert meta["fingerprint"] == eval_alpaca.fingerprint(str(exam / "model"), None) != other
+
+
+def test_an_interrupted_evaluation_goes_on_at_the_first_missing_prompt(exam, tmp_path, monkeypatch):
+    straight = examine(exam, tmp_path / "a")
+    append, calls = eval_alpaca.append, []
+
+    def die(path, rows):
+        append(path, rows)
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(eval_alpaca, "append", die)
+    with pytest.raises(KeyboardInterrupt):
+        examine(exam, tmp_path / "b")
+    dist.destroy_process_group()
+    partial = tmp_path / "b" / "model-T0.jsonl"
+    assert len(lines_of(partial)) == 10
+    partial.write_text(partial.read_text()[:-9])  # a kill tears the last line
+    monkeypatch.setattr(eval_alpaca, "append", append)
+    asked = []
+
+    def count(lm, encoder, chats, **settings):
+        asked.append(len(chats))
+        return generate(lm, encoder, chats, **settings)
+
+    monkeypatch.setattr(eval_alpaca, "generate", count)
+    assert examine(exam, tmp_path / "b") == straight
+    assert asked == [3, 5, 5, 2]  # 9 of 12 were there at T = 0
+    for name in ("model-T0.jsonl", "model-T0.7.jsonl", "model-T0.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert examine(exam, tmp_path / "b") == straight and len(asked) == 4
+
+
+def test_answers_of_other_settings_are_not_taken_for_these(exam, tmp_path):
+    examine(exam, tmp_path)
+    for more, name in (("--seed=1", "seed"), ("--max_new_tokens=13", "max_new_tokens")):
+        with pytest.raises(SystemExit, match=f"model-T0.jsonl was made with another {name}"):
+            examine(exam, tmp_path, more)
+    with pytest.raises(SystemExit, match="made with another model, fingerprint"):
+        examine(exam, tmp_path, model="other")
+
+
+def test_a_file_of_outputs_is_a_baseline_as_its_model_is(exam, tmp_path):
+    more = "--temperatures", "0"
+    by_model, scores = examine(exam, tmp_path / "a", f"--baseline={exam / 'other'}", *more)
+    file = tmp_path / "a" / "baseline-T0.json"
+    by_file, again = examine(exam, tmp_path / "b", f"--baseline={file}", *more)
+    assert scores == again
+    assert by_file[0] | {"baseline": 0} == by_model[0] | {"baseline": 0}
+
+
+def outputs(n=12, **changes):
+    def make(folder):
+        tasks = miniature.read_tasks(folder / "prompts.jsonl")[:n]
+        rows = [{"instruction": t.prompt, "output": "a", "generator": "g"} for t in tasks]
+        for key, value in changes.items():
+            if value is None:
+                del rows[3][key]
+            else:
+                rows[3][key] = rows[2][key] if value == "twice" else value
+        return rows
+
+    return make
+
+
+def swapped(folder):
+    rows = outputs()(folder)
+    rows[4], rows[5] = rows[5], rows[4]
+    return rows
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        (outputs(11), "11 rows, 12 needed"),
+        (outputs(instruction="twice"), "row 3 has the instruction of row 2"),
+        (outputs(generator=None), "row 3 has no generator"),
+        (outputs(output=None), "row 3 has no output"),
+        (outputs(output=" \n"), "row 3 has an empty output"),
+        (outputs(instruction="Another one."), "row 3 is of other prompts: 'Another one.'"),
+        (swapped, "row 4 is out of order"),
+        (lambda folder: [], "no list of outputs"),
+        (lambda folder: [1, 2], "row 0 has no instruction"),
+    ],
+)
+def test_outputs_that_are_not_whole_are_refused_before_anything_is_written(
+    rows, message, exam, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(eval_alpaca, "generate", None)
+    file = tmp_path / "outputs.json"
+    file.write_text(json.dumps(rows(exam)))
+    with pytest.raises(SystemExit, match=f"^eval_alpaca.py: {re.escape(str(file))}: {message}"):
+        examine(exam, tmp_path / "out", f"--baseline={file}")
+
+
+def test_bad_input_is_one_line_before_anything_is_written(exam, tiny_world, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_alpaca, "generate", None)
+    bare = tmp_path / "bare"
+    shutil.copytree(exam / "model", bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    run(tiny_world, tmp_path / "run", "--max_steps=1")
+    make_model(tmp_path / "wide", hidden_size=64)
+    discs = tmp_path / "run" / "discriminators.pt"
+    noise, other = tmp_path / "noise.pt", exam / "other"
+    noise.write_bytes(b"noise")
+    (tmp_path / "plain.jsonl").write_text('{"prompt": "Hello."}\n')
+    (tmp_path / "twice.jsonl").write_text('{"prompt": "Hello."}\n' * 2)
+    (tmp_path / "none.jsonl").write_text('{"question": "Hello."}\n')
+    model, at = f"--model={exam / 'model'}", f"--prompts={tmp_path}"
+    mini = f"--prompts={exam / 'prompts.jsonl'}"
+    for argv, message in (
+        ([mini], "--model is needed"),
+        ([model, "--judge=oracle"], "argument --judge: invalid choice: 'oracle'"),
+        ([f"--model={bare}", mini], f"--model {bare}: a model folder without weights"),
+        (["--model=./nowhere", mini], "--model ./nowhere: no such folder"),
+        ([model, mini, f"--baseline={bare}"], f"--baseline {bare}: a model folder without weights"),
+        ([f"--model={tmp_path / 'wide'}", mini, f"--score_discriminators={discs}"],
+         f"--score_discriminators {discs}: for latents of size 32, the model's are 64"),
+        ([model, mini, f"--score_discriminators={noise}"], f"--score_discriminators {noise}: "),
+        ([model, mini, "--judge=rm"], "--judge rm needs --reward_model"),
+        ([model, mini, f"--reward_model={other}"], f"--reward_model {other}: no reward model"),
+        ([model, mini, "--judge=gpt4"], "--judge gpt4 needs --prompts alpaca_eval"),
+        ([model, mini, "--judge=annotations"], "--judge annotations needs --annotations FILE"),
+        ([model, mini, "--max_new_tokens=250"], "--max_new_tokens 250: leaves 6 for the prompt"),
+        ([model, mini, "--temperatures", "0.7", "0.7"], "--temperatures: one is there twice"),
+        ([model, mini, "--temperatures", "nan"], "argument --temperatures: nan is not in [0, inf)"),
+        ([model, f"{at}/plain.jsonl"], "--judge mini: these prompts are none of the miniature's"),
+        ([model, f"{at}/twice.jsonl"], f"--prompts {tmp_path}/twice.jsonl: an instruction"),
+        ([model, f"{at}/none.jsonl"], f"--prompts {tmp_path}/none.jsonl: row 0 has no instruction"),
+        ([model, f"{at}/x.jsonl"], f"{tmp_path}/x.jsonl: no such file"),
+        ([model, "--prompts=alpaca_eval", f"--alpaca_data={tmp_path}"],
+         f"--alpaca_data {tmp_path}: no alpaca_eval_gpt4_baseline.json"),
+    ):  # fmt: skip
+        limit = [] if any("max_new" in a for a in argv) else ["--max_new_tokens=12"]
+        with pytest.raises(SystemExit) as end:
+            eval_alpaca.main([*argv, *limit, f"--out={tmp_path / 'out'}"])
+        assert str(end.value).startswith(f"eval_alpaca.py: {message}"), (argv, end.value)
+        assert "\n" not in str(end.value)
+
+
+def test_alpaca_eval_s_file_must_have_its_805_rows(exam, tmp_path):
+    tasks = miniature.draw_tasks(random.Random(1), 804, distinct=True)
+    rows = [{"instruction": t.prompt, "output": "a", "generator": "g"} for t in tasks]
+    (tmp_path / eval_alpaca.BASELINE_FILE).write_text(json.dumps(rows))
+    with pytest.raises(SystemExit, match=r"alpaca_eval_gpt4_baseline.json: 804 rows, 805 needed"):
+        eval_alpaca.main([f"--model={exam / 'model'}", "--prompts=alpaca_eval", "--judge=gpt4",
+                          f"--alpaca_data={tmp_path}", "--max_new_tokens=12"])  # fmt: skip
+
+
+def test_prompts_without_room_lose_their_middle_and_are_counted(exam, tmp_path, capsys):
+    long = "x" * 100 + "y" * 200 + "z" * 100
+    prompts = write_lines(tmp_path / "p.jsonl", [{"prompt": "Hello."}, {"prompt": long}])
+    seen = []
+    spy = lambda lm, prompts, *rest: seen.extend(prompts) or [[1]] * len(prompts)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("generate.write_batch", spy)
+        shutil.copytree(exam / "model", tmp_path / "model")
+        shutil.copy(prompts, tmp_path / "prompts.jsonl")
+        patch.setattr(eval_alpaca, "task_of", lambda p: miniature.Task("reverse", "", "x"))
+        examine(tmp_path, tmp_path / "out", "--temperatures", "0")
+    assert "1 of 2 prompts are longer than 244 tokens: cut in the middle" in capsys.readouterr().out
+    whole = ChatEncoder(tiny()).prompt_ids(miniature.chat(long))
+    assert sorted(map(len, seen))[-1] == 244
+    longest = max(seen, key=len)
+    assert longest == whole[:122] + whole[-122:]
+
+
+def test_gpt4_prints_a_command_and_judges_nothing(exam, tmp_path, capsys):
+    tasks = miniature.draw_tasks(random.Random(1), 805, distinct=True)
+    rows = [{"instruction": t.prompt, "output": "a", "generator": "g"} for t in tasks]
+    (tmp_path / eval_alpaca.BASELINE_FILE).write_text(json.dumps(rows))
+    eval_alpaca.main([f"--model={exam / 'model'}", "--prompts=alpaca_eval", "--judge=gpt4",
+                      f"--alpaca_data={tmp_path}", "--max_new_tokens=2", "--temperatures", "0",
+                      f"--out={tmp_path / 'out'}"])  # fmt: skip
+    printed = capsys.readouterr().out
+    assert f"--model_outputs {tmp_path}/out/model-T0.json" in printed
+    assert "alpaca_eval --annotators_config weighted_alpaca_eval_gpt4_turbo" in printed
+    (row,) = json_of(tmp_path / "out" / "results.json")
+    assert row["win_rate"] is row["mean_score"] is None and row["n"] == 805
+    eval_alpaca.check_outputs("", json_of(tmp_path / "out" / "model-T0.json"),
+                              [t.prompt for t in tasks], empty_ok=True)  # fmt: skip
+
+
+# ---------------------------------------------------------------------- critics and IFEval
+
+
+def test_critic_scores_are_the_discriminators_of_each_answer_s_latents(exam, tiny_world, tmp_path):
+    run(tiny_world, tmp_path / "run", "--max_steps=2")
+    file = tmp_path / "run" / "discriminators.pt"
+    _, scores = examine(exam, tmp_path / "e", f"--score_discriminators={file}")
+    critics = load_discriminators(file)
+    tokenizer = AutoTokenizer.from_pretrained(exam / "model")
+    lm = AutoModelForCausalLM.from_pretrained(exam / "model", dtype=torch.float32)
+    outputs = json_of(tmp_path / "e" / "model-T0.7.json")
+    here = [s for s in scores if s["temperature"] == 0.7]
+    encoder = ChatEncoder(tokenizer)
+    for row, o in zip(here, outputs, strict=True):
+        text = encoder.special_text.sub("", o["output"])
+        chat = [*miniature.chat(o["instruction"]), {"role": "assistant", "content": text}]
+        ids = tokenizer.apply_chat_template(chat, return_dict=False, return_tensors="pt")
+        ids = ids[:, : ids.shape[1] - len(encoder.tail)]
+        with torch.no_grad():
+            h = lm(ids, output_hidden_states=True).hidden_states[-1]
+            for key, critic in (("critic_pos", "disc_pos"), ("critic_neg", "disc_neg")):
+                s = critics[critic](h, torch.ones(ids.shape))
+                assert row[key] == pytest.approx(s.item(), abs=1e-5)
+
+
+@pytest.fixture
+def stub_lm_eval(monkeypatch):
+    """lm_eval's interface with three checks: capitals, a line in stars, and one without data."""
+
+    def follows(name, text):
+        if name == "needs_data":
+            raise LookupError("\n****\n  Resource punkt not found.\n****")
+        return text.isupper() if name == "capitals" else "*" in text
+
+    def check(prepare):
+        def test(one, text):
+            (name,) = one.instruction_id_list
+            return SimpleNamespace(follow_all_instructions=follows(name, prepare(text)))
+
+        return test
+
+    utils = ModuleType("utils")
+    utils.InputExample = lambda key, ids, prompt, kwargs: SimpleNamespace(instruction_id_list=ids)
+    utils.test_instruction_following_strict = check(lambda text: text)
+    utils.test_instruction_following_loose = check(lambda text: text + "*")
+    package = ModuleType("lm_eval.tasks.ifeval")
+    package.utils = utils
+    for name in ("lm_eval", "lm_eval.tasks"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks.ifeval", package)
+
+
+def test_ifeval_counts_whole_prompts_and_says_what_it_skips(stub_lm_eval, capsys):
+    names = (["capitals"], ["capitals", "star"], ["star", "needs_data"], ["needs_data"])
+    prompts = [
+        eval_alpaca.Prompt(f"p{i}", "d", {"instruction_id_list": ids, "kwargs": [{}] * len(ids)})
+        for i, ids in enumerate(names)
+    ]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        judge = eval_alpaca.IFEval(prompts)
+    finally:
+        dist.destroy_process_group()
+    printed = capsys.readouterr().out
+    assert "check needs_data is skipped: Resource punkt not found." in printed
+    assert "1 of 4 prompts have no other check" in printed
+    rows = judge(prompts, ["ABC", "ABC", "abc*", "ABC"])
+    assert rows == [
+        {"strict": 1, "loose": 1, "score": 1},
+        {"strict": 0, "loose": 1, "score": 0.5},
+        {"strict": 1, "loose": 1, "score": 1},
+        {},
+    ]
+
+
+def test_ifeval_without_lm_eval_is_one_line(exam, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(SystemExit, match=r"--judge ifeval: pip install 'lm_eval\[ifeval\]'"):
+        examine(exam, tmp_path, "--judge=ifeval")
+
+
+# ---------------------------------------------------------------------- reward model
+
+
+@pytest.fixture(scope="module")
+def reward_folder(tmp_path_factory):
+    """A reward model of random weights for each family, not tied to a pad token."""
+    folder = tmp_path_factory.mktemp("reward")
+    for family in ("llama", "gemma2"):
+        base = make_model(folder / f"{family}-base", family)
+        torch.manual_seed(5)
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+        model.save_pretrained(folder / family)
+        tiny().save_pretrained(folder / family)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_packed_and_padded_rewards_are_the_models_own(family, reward_folder, tiny_world):
+    rm = RewardModel(str(reward_folder / family), torch.device("cpu"))
+    triplets = load_pairs(str(tiny_world / "train.jsonl"), "train", tiny(), 64).triplets[:6]
+    rows = lines_of(tiny_world / "train.jsonl")[:6]
+    lm = load_lm(str(reward_folder / family), torch.float32, wrapper=RewardLM)
+    with torch.no_grad():
+        packed = lm(pack(reward_model.with_tail(triplets, rm.encoder)))
+    chats = [miniature.chat(r["prompt"]) for r in rows] * 2
+    texts = [r["chosen"] for r in rows] + [r["rejected"] for r in rows]
+    padded = rm.score(chats, texts, batch_size=5)
+    for i, (messages, text) in enumerate(zip(chats, texts, strict=True)):
+        whole = [*messages, {"role": "assistant", "content": text}]
+        ids = tiny().apply_chat_template(whole, return_dict=False, return_tensors="pt")
+        assert (ids == tiny().bos_token_id).sum() == 1
+        with torch.no_grad():
+            own = rm.model(ids).logits[0, 0].item()
+        assert padded[i] == pytest.approx(own, abs=1e-5)
+        assert packed[i].item() == pytest.approx(own, abs=1e-5)
+        assert rm.score([messages], [text])[0] == pytest.approx(own, abs=1e-5)
+
+
+def test_special_tokens_in_an_answer_do_not_end_its_turn(reward_folder):
+    rm = RewardModel(str(reward_folder / "llama"), torch.device("cpu"))
+    chat, special = miniature.chat("Hello."), rm.encoder.tokenizer.eos_token
+    one, two = rm.score([chat] * 2, [f"a{special}b", "ab"])
+    assert one == two
+
+
+def train_rewards(world, out, *more):
+    reward_model.main([
+        f"--model={world / 'llama'}", f"--dataset={world / 'train.jsonl'}", f"--out_dir={out}",
+        "--batch_size=8", "--max_length=64", "--lr=3e-3", *more,
+    ])  # fmt: skip
+    return rows_of(out / "metrics.csv")
+
+
+def test_a_reward_model_learns_its_pairs_and_reloads_with_equal_rewards(
+    tiny_world, tmp_path, capsys
+):
+    held_out = f"--eval_split={tiny_world / 'train.jsonl'}"
+    rows = train_rewards(tiny_world, tmp_path / "a", "--epochs=12", held_out)
+    assert rows[-1]["loss"] < 0.3 < 0.5 < rows[0]["loss"] and rows[-1]["accuracy"] > 0.9
+    printed = capsys.readouterr().out
+    loss, accuracy = re.search(r"held out: 28 pairs, loss (\S+), accuracy (\S+)", printed).groups()
+    rm = RewardModel(str(tmp_path / "a" / "hf"), torch.device("cpu"))
+    data = lines_of(tiny_world / "train.jsonl")
+    chats = [miniature.chat(r["prompt"]) for r in data]
+    chosen, rejected = (
+        np.array(rm.score(chats, [r[k] for r in data])) for k in ("chosen", "rejected")
+    )
+    assert np.log1p(np.exp(rejected - chosen)).mean() == pytest.approx(float(loss), abs=1e-4)
+    assert (chosen > rejected).mean() == pytest.approx(float(accuracy), abs=1e-3)
+    with pytest.raises(SystemExit, match="^reward_model.py: --out_dir .*: not empty"):
+        train_rewards(tiny_world, tmp_path / "a")
+
+
+def test_reward_training_does_not_depend_on_micro_batches(tiny_world, tmp_path):
+    a = train_rewards(tiny_world, tmp_path / "a", "--dtype=float64")
+    b = train_rewards(tiny_world, tmp_path / "b", "--dtype=float64", "--micro_batch_size=3")
+    assert len(a) == 3
+    for x, y in zip(a, b, strict=True):
+        assert x == pytest.approx(y, rel=1e-6)
+    names = [tmp_path / n / "hf" / "config.json" for n in "ab"]
+    assert names[0].read_text() == names[1].read_text()
+    assert AutoConfig.from_pretrained(names[0].parent).num_labels == 1
+
+
+def test_bradley_terry_of_equal_rewards_is_ln_2_and_its_gradient_pushes_apart():
+    chosen = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    loss = reward_model.bradley_terry_loss(chosen, torch.zeros(3))
+    assert loss.tolist() == [LN2] * 3
+    loss.sum().backward()
+    assert chosen.grad.tolist() == [-0.5] * 3
+
+
+def test_what_is_no_reward_model_is_refused(exam, tmp_path):
+    with pytest.raises(InputError, match="no reward model"):
+        RewardModel(str(exam / "model"), torch.device("cpu"))
+    model = AutoModelForSequenceClassification.from_pretrained(exam / "model", num_labels=3)
+    model.save_pretrained(tmp_path)
+    tiny().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="3 labels, not one"):
+        RewardModel(str(tmp_path), torch.device("cpu"))
+
+
+def test_the_rm_judge_compares_rewards(exam, reward_folder, tmp_path):
+    rm_flag = f"--reward_model={reward_folder / 'llama'}"
+    baseline = f"--baseline={exam / 'other'}"
+    results, scores = examine(exam, tmp_path, "--judge=rm", rm_flag, baseline)
+    rm = RewardModel(str(reward_folder / "llama"), torch.device("cpu"))
+    here = [s for s in scores if s["temperature"] == 0.7]
+    own, other = (json_of(tmp_path / f"{role}-T0.7.json") for role in ("model", "baseline"))
+    chats = [miniature.chat(o["instruction"]) for o in own]
+    a, b = (np.array(rm.score(chats, [o["output"] for o in rows])) for rows in (own, other))
+    assert [s["reward"] for s in here] == [s["score"] for s in here]
+    assert [s["reward"] for s in here] == pytest.approx(a.tolist(), abs=1e-5)
+    assert [s["win"] for s in here] == ((np.sign(a - b) + 1) / 2).tolist()
+    assert results[1]["mean_score"] == pytest.approx(a.mean(), abs=1e-5)
+    assert results[1]["strict_acc"] is None
+
+
+# ---------------------------------------------------------------------- pictures
+
+
+def make_run(folder, loss="dpo", lambda_adv=0.1, win=50.0, seed=0):
+    """What a training run and its evaluation leave, of random numbers."""
+    rng = np.random.default_rng(seed)
+    (folder / "eval-mini-mini").mkdir(parents=True)
+    config = {"loss": loss, "lambda_adv": lambda_adv, "disc": "transformer"}
+    (folder / "config.json").write_text(json.dumps(config | {"data_fingerprint": "x"}))
+    keys = ["step", "margin"]
+    if lambda_adv:
+        keys += ["disc_acc_pos", "disc_acc_neg", "score_gap_pos", "score_gap_neg", "d_ra"]
+        keys += ["adv_to_opo_grad"]
+    with (folder / "metrics.csv").open("w") as file:
+        table = csv.writer(file)
+        table.writerow(keys)
+        table.writerows([[i + 1, *rng.random(len(keys) - 1)] for i in range(40)])
+    results = [
+        {"temperature": t, "win_rate": win + t, "win_rate_se": 1.0, "strict_acc": 40 - t, "n": 60,
+         "strict_acc_se": 1.5, "judge": "mini"}
+        for t in (0.0, 0.7, 1.5)
+    ]  # fmt: skip
+    (folder / "eval-mini-mini" / "results.json").write_text(json.dumps(results))
+    rows = [
+        {"temperature": t, "prompt": i, "length": int(rng.integers(5, 90)),
+         "win": float(rng.integers(2)), "score": rng.random(), "reward": rng.normal()}
+        | ({"critic_pos": float(rng.normal())} if lambda_adv else {})
+        for t in (0.7, 1.5) for i in range(60)
+    ]  # fmt: skip
+    write_lines(folder / "eval-mini-mini" / "scores.jsonl", rows)
+    return str(folder)
+
+
+def test_every_figure_is_drawn_from_a_run_and_its_evaluation(tmp_path, capsys):
+    runs = [make_run(tmp_path / "a", lambda_adv=0), make_run(tmp_path / "b", seed=1),
+            make_run(tmp_path / "c", "simpo", 0, seed=2),
+            make_run(tmp_path / "d", "simpo", seed=3)]  # fmt: skip
+    plots.main([*runs, f"--out={tmp_path / 'figures'}"])
+    names = {f"{name}.png" for name in plots.FIGURES}
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == names and len(names) == 5
+    assert all((tmp_path / "figures" / n).stat().st_size > 10_000 for n in names)
+    assert capsys.readouterr().out.count("wrote") == 5
+
+
+def test_lines_and_error_bars_are_the_numbers_of_results_json(tmp_path):
+    folders = [make_run(tmp_path / "a", lambda_adv=0), make_run(tmp_path / "b", win=70.0)]
+    runs = plots.read_runs(folders)
+    assert [r.name for r in runs] == ["DPO", "GANPO(DPO)"]
+    figure = plots.temperature(runs, None)
+    for ax, key in zip(figure.axes, ("win_rate", "strict_acc"), strict=True):
+        for run_, bars in zip(runs, ax.containers, strict=True):
+            line, _, (spread,) = bars
+            assert line.get_ydata().tolist() == [row[key] for row in run_.results]
+            ends = [s[:, 1].tolist() for s in spread.get_segments()]
+            e = [row[f"{key}_se"] for row in run_.results]
+            assert ends == [[y - d, y + d] for y, d in zip(line.get_ydata(), e, strict=True)]
+    figure = plots.length(runs, SimpleNamespace(temperature=0.7))
+    total = sum(np.nansum(bars[0].get_ydata()) for bars in figure.axes[0].containers)
+    assert 0 < total < 800
+    (ax,) = plots.margin(runs, None).axes
+    assert [line.get_label() for line in ax.lines[:2]] == ["DPO", "GANPO(DPO)"]
+    mean = np.mean([row["margin"] for row in runs[0].metrics[:2]])  # a twentieth of 40 steps
+    assert ax.lines[0].get_ydata()[0] == pytest.approx(mean)
+
+
+def test_r_is_pearson_s_and_its_interval_holds_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(100, 150))
+    y = 0.6 * x + 0.8 * rng.normal(size=x.shape)
+    hits = 0
+    for a, b in zip(x, y, strict=True):
+        r, low, high = plots.pearson(a, b, draws=300)
+        assert r == pytest.approx(np.corrcoef(a, b)[0, 1])
+        hits += low < 0.6 < high
+    assert 88 <= hits <= 99
+
+
+def test_what_no_run_has_is_said_and_what_is_no_run_refused(tmp_path, capsys):
+    alone = tmp_path / "run"
+    make_run(alone, lambda_adv=0)
+    (alone / "metrics.csv").unlink()
+    plots.main([str(alone / "eval-mini-mini"), f"--out={tmp_path / 'f'}"])
+    printed = capsys.readouterr().out
+    assert "margin: nothing to draw in these runs" in printed and "wrote" in printed
+    assert "critic: nothing" in printed and "health: nothing" in printed
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(alone / "eval-mini-mini", alone / "eval-other")
+    for folder, message in (
+        (tmp_path / "empty", "neither metrics.csv nor results.json"),
+        (tmp_path / "nowhere", "no such folder"),
+        (alone, "several evaluations: name one as RUN: eval-mini-mini, eval-other"),
+    ):
+        with pytest.raises(SystemExit, match=f"^plots.py: .*{message}"):
+            plots.main([str(folder), f"--out={tmp_path / 'g'}"])
+    with pytest.raises(SystemExit, match="7 runs: more than 6 lines"):
+        plots.main(["x"] * 7)
+
+
+# ---------------------------------------------------------------------- whole commands
+
+
+@pytest.mark.slow
+def test_two_ranks_write_what_one_does(exam, tmp_path):
+    one = examine(exam, tmp_path / "a", f"--baseline={exam / 'other'}")
+    done = first_command(
+        HERE, "--nproc_per_node=2", "eval_alpaca.py", f"--model={exam / 'model'}",
+        f"--prompts={exam / 'prompts.jsonl'}", f"--baseline={exam / 'other'}",
+        f"--out={tmp_path / 'b'}", "--max_new_tokens=12", "--batch_size=5", "--temperatures", "0",
+        "0.7",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    b = tmp_path / "b"
+    assert (json_of(b / "results.json"), lines_of(b / "scores.jsonl")) == one
+    assert lines_of(b / "model-T0.7.jsonl") == lines_of(tmp_path / "a" / "model-T0.7.jsonl")
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_reward_model_of_one(tiny_world, tmp_path):
+    one = train_rewards(tiny_world, tmp_path / "a")
+    done = first_command(
+        HERE, "--nproc_per_node=2", "reward_model.py", f"--model={tiny_world / 'llama'}",
+        f"--dataset={tiny_world / 'train.jsonl'}", f"--out_dir={tmp_path / 'b'}", "--batch_size=8",
+        "--max_length=64", "--lr=3e-3",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(one, rows_of(tmp_path / "b" / "metrics.csv"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+@pytest.mark.slow
+@needs_alpaca
+def test_a_real_tiny_model_answers_all_of_alpaca_eval(tmp_path):
+    eval_alpaca.main([
+        f"--model={SHARED / 'models' / 'stories260K'}",
+        f"--chat_template={HERE / 'plain_chat.jinja'}",
+        "--prompts=alpaca_eval", f"--alpaca_data={ALPACA}", "--judge=gpt4", "--temperatures", "0.7",
+        "--max_new_tokens=64", f"--out={tmp_path}",
+    ])  # fmt: skip
+    rows = json_of(tmp_path / "model-T0.7.json")
+    baseline = alpaca_baseline()
+    eval_alpaca.check_outputs("", rows, [r["instruction"] for r in baseline])
+    assert len({r["output"] for r in rows}) > 790
+    assert [r["dataset"] for r in rows] == [r["dataset"] for r in baseline]

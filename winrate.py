@@ -1,0 +1,116 @@
+"""Win rates, their errors, and AlpacaEval 2's control for length: numbers in, numbers out.
+
+A score row, as eval_alpaca.py writes it, is a dict of one answer: prompt (its number), length and
+length_baseline in characters, and what a judge has given, absent or None where it gives none: win
+against the baseline (1, 0, or a half), score, strict, loose.
+"""
+
+import numpy as np
+
+RESULT_COLUMNS = (
+    "model baseline judge temperature seed n win_rate win_rate_se lc_win_rate mean_score"
+    " mean_score_se strict_acc strict_acc_se loose_acc loose_acc_se avg_length"
+).split()
+# The official fit chooses its L1 penalty by cross-validation over random folds. This one lands
+# within 0.01 points of the published rates of FuseChat-1B, GPT-3.5-0301 and Vicuna-13B.
+L1 = 0.37
+
+
+def mean_and_error(rows: list[dict], key: str, scale: float = 1.0):
+    """Mean of a key over the answers, and its standard error over the prompts; None, None where no
+    row has it."""
+    values = {}
+    for row in rows:
+        if row.get(key) is not None:
+            values.setdefault(row["prompt"], []).append(row[key])
+    means = scale * np.array([np.mean(v) for v in values.values()])
+    if not len(means):
+        return None, None
+    error = means.std(ddof=1) / len(means) ** 0.5 if len(means) > 1 else 0.0
+    return float(means.mean()), float(error)
+
+
+def length_controlled(win, delta, difficulty=None, gamed=None) -> float:
+    """AlpacaEval 2's length-controlled win rate, in percent: a logistic model of the preference,
+    without intercept, and its prediction at no difference in length.
+
+    win (n,) in [0, 1]; delta (n,), the baseline's length minus the model's. For AlpacaEval's own
+    judge and baseline: difficulty (n,) of the instructions, and gamed, the answers (x (m, 3),
+    win (m,)) of two models that play with length, at a weight of 0.2 / 2 each. Without those the
+    terms are the length's and a constant."""
+    n, spread = len(win), delta.std(ddof=1) if len(delta) > 1 else 0.0
+    terms = [np.tanh(delta / spread) if spread else 0.0 * delta, np.ones(n)]
+    if difficulty is not None:
+        terms.insert(1, difficulty)
+    x, y, weight = np.stack(terms, 1), win, np.ones(n)
+    if gamed is not None:
+        x, y = np.concatenate([x, gamed[0]]), np.concatenate([y, gamed[1]])
+        weight = np.concatenate([weight, np.full(len(gamed[1]), 0.2 / 2)])
+    b = logistic_regression(x, y, weight)
+    return float(100 * sigmoid(x[:n, 1:] @ b[1:]).mean())
+
+
+def logistic_regression(x, y, weight) -> np.ndarray:
+    """x (n, k), y (n,) in [0, 1] -> the b (k,) that minimises sum weight * cross-entropy + L1 |b|,
+    by accelerated proximal steps."""
+    step = 4 / np.linalg.eigvalsh((x * weight[:, None]).T @ x)[-1]
+    b, ahead, t = np.zeros(x.shape[1]), np.zeros(x.shape[1]), 1.0
+    for _ in range(100_000):
+        new = ahead - step * x.T @ (weight * (sigmoid(x @ ahead) - y))
+        new = np.sign(new) * np.maximum(abs(new) - step * L1, 0)
+        moved, t_new = abs(new - b).max(), (1 + (1 + 4 * t * t) ** 0.5) / 2
+        ahead, b, t = new + (t - 1) / t_new * (new - b), new, t_new
+        if moved < 1e-12:
+            return b
+    raise FloatingPointError("the length-controlled fit has not converged")
+
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+def summary(rows: list[dict], control=length_controlled, **settings) -> dict:
+    """results.json's row: the answers of one model at one temperature."""
+    result = dict.fromkeys(RESULT_COLUMNS) | settings | {"n": len({r["prompt"] for r in rows})}
+    for name, key, scale in (
+        ("win_rate", "win", 100),
+        ("mean_score", "score", 1),
+        ("strict_acc", "strict", 100),
+        ("loose_acc", "loose", 100),
+    ):
+        result[name], result[f"{name}_se"] = mean_and_error(rows, key, scale)
+    if result["win_rate"] is not None:
+        compared = [r for r in rows if r["win"] is not None]
+        delta = [r["length_baseline"] - r["length"] for r in compared]
+        result["lc_win_rate"] = control(
+            np.array([r["win"] for r in compared]), np.array(delta, dtype=float)
+        )
+    result["avg_length"] = float(np.mean([r["length"] for r in rows]))
+    return result
+
+
+def table(results: list[dict]) -> str:
+    """The terminal's: rate, error, length-controlled rate, score, length and n together."""
+
+    def show(row, key, places, width):
+        if row[key] is None:
+            return "-".rjust(width)
+        error = f" +- {row[key + '_se']:.{places}f}" if row.get(key + "_se") is not None else ""
+        return f"{row[key]:.{places}f}{error}".rjust(width)
+
+    first = results[0]
+    lines = [
+        f"judge {first['judge']}, model {first['model']}, baseline {first['baseline'] or 'none'};",
+        "rates in percent, +- standard error, length in characters",
+        "   T     n   win rate        length-contr.  score              strict          length",
+    ]
+    for row in results:
+        temperature = "-" if row["temperature"] is None else f"{row['temperature']:g}"
+        lines.append(
+            f"{temperature:>4} {row['n']:>5} {show(row, 'win_rate', 1, 14)}"
+            f" {show(row, 'lc_win_rate', 1, 13)}  {show(row, 'mean_score', 3, 17)}"
+            f" {show(row, 'strict_acc', 1, 14)} {show(row, 'avg_length', 0, 8)}"
+        )
+        if row["loose_acc"] is not None:
+            lines[-1] += f"  loose {show(row, 'loose_acc', 1, 0)}"
+    return "\n".join(lines)
