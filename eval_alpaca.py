@@ -35,7 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import distributed
 import miniature
-from checkpoint import load_discriminators, sha256
+from checkpoint import load_discriminators, sha256, write_synced
 from data import ChatEncoder, InputError, check_model_name, first_line, read_rows
 from distributed import print0, share_out
 from flags import DTYPES, Parser, at_least_0, count, natural, positive, refuse
@@ -229,9 +229,9 @@ class Writer:
                     break
             rows = rows[: len(rows) // settings["samples"] * settings["samples"]]
         else:
-            meta.write_text(json.dumps(settings, indent=1) + "\n")
+            write_synced(meta, json.dumps(settings, indent=1) + "\n")
             rows = []
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_synced(path, json_lines(rows))
         return rows
 
     def write_outputs(self, path, prompts, texts):
@@ -242,12 +242,16 @@ class Writer:
             for p, text in zip(prompts, texts, strict=True)
         ]
         check_outputs(path, rows, [p.instruction for p in prompts], empty_ok=True)
-        path.write_text(json.dumps(rows, indent=1) + "\n")
+        write_synced(path, json.dumps(rows, indent=1) + "\n")
+
+
+def json_lines(rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def append(path, rows):
     with path.open("a") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.write(json_lines(rows))
         file.flush()
         os.fsync(file.fileno())
 
@@ -420,27 +424,24 @@ class Examination:
 
     def __call__(self, prompts, answers, own: bool) -> list[dict]:
         """A row per answer, prompt by prompt, the work shared among the ranks."""
-        items = [
-            (i, p, t) for i, (p, ts) in enumerate(zip(prompts, answers, strict=True)) for t in ts
-        ]
+        items = [(i, s, text) for i, texts in enumerate(answers) for s, text in enumerate(texts)]
+        return share_out(items, partial(self.rows, prompts, own))
 
-        def values(part):
-            _, some, texts = zip(*part, strict=True) if part else ((), (), ())
-            rows = [{"prompt": i, "length": len(text)} for i, _, text in part]
-            parts = [self.judge(some, texts)] if self.judge else []
-            if self.reward:
-                chats = [miniature.chat(p.instruction) for p in some]
-                rewards = self.reward.score(chats, texts)
-                keys = ("score", "reward") if self.by_reward else ("reward",)
-                parts.append([dict.fromkeys(keys, r) for r in rewards])
-            if self.critics and own:
-                parts.append(self.critics(some, texts))
-            for more in parts:
-                for row, values in zip(rows, more, strict=True):
-                    row |= values
-            return rows
-
-        return share_out(items, values)
+    def rows(self, prompts, own, items) -> list[dict]:
+        """items: number of a prompt, of a sample, and its text."""
+        rows = [{"prompt": i, "sample": s, "length": len(text)} for i, s, text in items]
+        asked, texts = [prompts[i] for i, _, _ in items], [text for _, _, text in items]
+        columns = [self.judge(asked, texts)] if self.judge else []
+        if self.reward:
+            rewards = self.reward.score([miniature.chat(p.instruction) for p in asked], texts)
+            keys = ("score", "reward") if self.by_reward else ("reward",)
+            columns.append([dict.fromkeys(keys, reward) for reward in rewards])
+        if self.critics and own:
+            columns.append(self.critics(asked, texts))
+        for more in columns:
+            for row, values in zip(rows, more, strict=True):
+                row |= values
+        return rows
 
 
 def compare(own: list[dict], other: list[dict] | None):
@@ -546,30 +547,32 @@ def parse_args(argv):
     return args
 
 
+def find_defaults(args):
+    """Names that stand for files: the miniature's, built at first use, AlpacaEval's baseline."""
+    world = miniature.ROOT / f"seed{args.seed}"
+    if args.prompts == "mini":
+        distributed.from_rank_0(lambda: miniature.build(args.seed, log=print0), "miniature:")
+        args.prompts = str(world / "prompts.jsonl")
+        args.baseline = args.baseline or str(world / "model")
+    elif args.prompts == "alpaca_eval" and args.judge not in ("gpt4", "annotations"):
+        args.baseline = args.baseline or str(alpaca_file(args, BASELINE_FILE))
+    if args.baseline == args.model:
+        args.baseline = None
+
+
 def main(argv=None):
     quiet()
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
         device = distributed.start(args.timeout)
-        world = miniature.ROOT / f"seed{args.seed}"
-        if args.prompts == "mini":
-            distributed.from_rank_0(lambda: miniature.build(args.seed, log=print0), "miniature:")
-            args.prompts, args.baseline = (
-                str(world / "prompts.jsonl"),
-                args.baseline or str(world / "model"),
-            )
-        elif args.prompts == "alpaca_eval" and not args.baseline and args.judge != "gpt4":
-            args.baseline = str(alpaca_file(args, BASELINE_FILE))
-        if args.baseline == args.model:
-            args.baseline = None
+        find_defaults(args)
         results, scores = evaluate(args, device)
+        out = Path(args.out)
         if dist.get_rank() == 0:
-            out = Path(args.out)
             out.mkdir(parents=True, exist_ok=True)
-            (out / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
-            (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        print0(table(results))
-        print0(f"wrote {args.out}")
+            write_synced(out / "scores.jsonl", json_lines(scores))
+            write_synced(out / "results.json", json.dumps(results, indent=1) + "\n")
+        print0(f"{table(results)}\nwrote {out}")
         distributed.stop()
     except (InputError, FloatingPointError, OSError) as error:
         refuse("eval_alpaca.py", error)

@@ -276,7 +276,8 @@ def test_the_sidecar_says_how_the_answers_were_made(exam, tmp_path):
 
 
 def test_an_interrupted_evaluation_goes_on_at_the_first_missing_prompt(exam, tmp_path, monkeypatch):
-    straight = examine(exam, tmp_path / "a")
+    two = "--samples=2"  # a block is two prompts
+    straight = examine(exam, tmp_path / "a", two)
     append, calls = eval_alpaca.append, []
 
     def die(path, rows):
@@ -287,10 +288,10 @@ def test_an_interrupted_evaluation_goes_on_at_the_first_missing_prompt(exam, tmp
 
     monkeypatch.setattr(eval_alpaca, "append", die)
     with pytest.raises(KeyboardInterrupt):
-        examine(exam, tmp_path / "b")
+        examine(exam, tmp_path / "b", two)
     dist.destroy_process_group()
     partial = tmp_path / "b" / "model-T0.jsonl"
-    assert len(lines_of(partial)) == 10
+    assert len(lines_of(partial)) == 8
     partial.write_text(partial.read_text()[:-9])  # a kill tears the last line
     monkeypatch.setattr(eval_alpaca, "append", append)
     asked = []
@@ -300,11 +301,11 @@ def test_an_interrupted_evaluation_goes_on_at_the_first_missing_prompt(exam, tmp
         return generate(lm, encoder, chats, **settings)
 
     monkeypatch.setattr(eval_alpaca, "generate", count)
-    assert examine(exam, tmp_path / "b") == straight
-    assert asked == [3, 5, 5, 2]  # 9 of 12 were there at T = 0
+    assert examine(exam, tmp_path / "b", two) == straight
+    assert asked == [2, 2, 2, 2, 1] + [2] * 6  # 3 of 12 prompts had both answers at T = 0
     for name in ("model-T0.jsonl", "model-T0.7.jsonl", "model-T0.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert examine(exam, tmp_path / "b") == straight and len(asked) == 4
+    assert examine(exam, tmp_path / "b", two) == straight and len(asked) == 11
 
 
 def test_answers_of_other_settings_are_not_taken_for_these(exam, tmp_path):
@@ -711,9 +712,15 @@ def test_lines_and_error_bars_are_the_numbers_of_results_json(tmp_path):
             ends = [s[:, 1].tolist() for s in spread.get_segments()]
             e = [row[f"{key}_se"] for row in run_.results]
             assert ends == [[y - d, y + d] for y, d in zip(line.get_ydata(), e, strict=True)]
-    figure = plots.length(runs, SimpleNamespace(temperature=0.7))
-    total = sum(np.nansum(bars[0].get_ydata()) for bars in figure.axes[0].containers)
-    assert 0 < total < 800
+    (ax,) = plots.length(runs, SimpleNamespace(temperature=0.7)).axes
+    edges = [tuple(map(int, t.get_text().split(" to "))) for t in ax.get_xticklabels()]
+    for run_, (line, _, (spread,)) in zip(runs, ax.containers, strict=True):
+        rows = [s for s in run_.scores if s["temperature"] == 0.7]
+        parts = [[100 * s["win"] for s in rows if a <= s["length"] <= b] for a, b in edges]
+        assert len(parts) == 4 and sum(map(len, parts)) == 60
+        assert line.get_ydata() == pytest.approx([np.mean(p) for p in parts])
+        errors = [(s[1, 1] - s[0, 1]) / 2 for s in spread.get_segments()]
+        assert errors == pytest.approx([np.std(p, ddof=1) / len(p) ** 0.5 for p in parts])
     (ax,) = plots.margin(runs, None).axes
     assert [line.get_label() for line in ax.lines[:2]] == ["DPO", "GANPO(DPO)"]
     mean = np.mean([row["margin"] for row in runs[0].metrics[:2]])  # a twentieth of 40 steps
