@@ -138,6 +138,32 @@ class MLPDiscriminator(Discriminator):
         return self.head(F.gelu(normalised(self.project_in, pooled)))
 
 
+class TokenCritic(nn.Module):
+    """The paired game's critic: a small MLP on each token's latent, no spectral norm, no means.
+    With differences it reads h_theta - h_ref, whose place for the reference is 0."""
+
+    def __init__(self, hidden_size, hidden, differences):
+        super().__init__()
+        self.differences = differences
+        self.project_in = nn.Linear(hidden_size, hidden)
+        self.middle, self.out = nn.Linear(hidden, hidden), nn.Linear(hidden, 1)
+
+    def inputs(self, h_theta: Tensor, h_ref: Tensor) -> tuple[Tensor, Tensor]:
+        """What it reads of policy and reference, (B, T, H) each."""
+        if self.differences:
+            return h_theta - h_ref, torch.zeros_like(h_ref)
+        return h_theta, h_ref
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """(B, T, H) -> raw scores (B, T)."""
+        x = F.gelu(self.middle(F.gelu(self.project_in(x))))
+        return self.out(x).squeeze(-1)
+
+    def forward(self, h: Tensor, attention_mask: Tensor) -> Tensor:
+        """Latents h (B, T, H), attention_mask (B, T), 1 on real tokens -> their mean score (B,)."""
+        return masked_mean(self.tokens(h)[..., None], attention_mask.bool())[:, 0]
+
+
 def normalised(layer: nn.Linear, x: Tensor) -> Tensor:
     """A spectrally normalised layer: sigma in the weights' precision, the product in autocast's."""
     with torch.autocast(x.device.type, enabled=False):
@@ -158,14 +184,17 @@ def build_discriminator(
     dropout: float = 0.0,
     max_length: int = 2048,
     ema_decay: float = 0.9,
-) -> Discriminator:
-    """A critic for latents of width hidden_size. kind: transformer (Fig 10) or mlp (Table 3), which
-    has no use for layers, dropout and max_length (learned positions). ValueError for another
-    kind."""
+    differences: bool = False,
+) -> Discriminator | TokenCritic:
+    """A critic for latents of width hidden_size. kind: transformer (Fig 10), mlp (Table 3) or
+    paired (the paired game's); only the first has use for layers, dropout and max_length (learned
+    positions), only the last for differences. ValueError for another kind."""
     if kind == "transformer":
         return TransformerDiscriminator(hidden_size, hidden, layers, dropout, max_length, ema_decay)
     if kind == "mlp":
         return MLPDiscriminator(hidden_size, hidden, ema_decay)
+    if kind == "paired":
+        return TokenCritic(hidden_size, hidden, differences)
     raise ValueError(
-        f"unknown discriminator {kind!r}: transformer or mlp (mse is losses.latent_mse)"
+        f"unknown discriminator {kind!r}: transformer, mlp or paired (mse is losses.latent_mse)"
     )

@@ -217,5 +217,31 @@ def latent_mse(h_theta: Tensor, h_ref: Tensor, mask: Tensor) -> Tensor:
 
     mask (B, T) is 1 on real tokens, at least one per row.
     """
-    per_token = (h_theta - h_ref).square().mean(-1)
-    return torch.where(mask.bool(), per_token, 0).sum(1) / mask.sum(1)
+    return token_mean((h_theta - h_ref).square().mean(-1), mask)
+
+
+# ---------------------------------------------------------------------- the paired game
+# Beyond the paper: near h_theta = h_ref the two terms of Eq 19 push the policy's score with equal
+# force in opposite directions, so the critic learns good against bad, not policy against reference.
+# Here it compares the two models' latents of one token of one text, u = D(x_ref) - D(x_theta),
+# (B, T), and a penalty on its slope, not a bound, lets its force vanish as they meet.
+
+
+def token_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """(B, T), mask (B, T) with at least one real token per row  ->  (B,)"""
+    return torch.where(mask.bool(), x, 0).sum(1) / mask.sum(1)
+
+
+def paired_discriminator_loss(u: Tensor, slopes: Tensor, mask: Tensor, r1: float) -> Tensor:
+    """softplus(-u) + r1 / 2 * slopes, mean over real tokens  ->  (B,); ln 2 at equal latents of a
+    flat critic.
+
+    slopes (B, T): |dD/dx|^2 at the reference's latent plus that at the policy's (the R1 and R2
+    penalties of Mescheder et al. 2018).
+    """
+    return token_mean(softplus(-u) + r1 / 2 * slopes, mask)
+
+
+def paired_generator_loss(u: Tensor, mask: Tensor) -> Tensor:
+    """softplus(u), mean over real tokens  ->  (B,); ln 2 where policy = reference."""
+    return token_mean(softplus(u), mask)

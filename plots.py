@@ -11,6 +11,8 @@ is left out, and said.
     length.png        Fig 5         win rate by length of the answer
     margin.png        Fig 6-9       margins over training, with and without the adversarial term
     health.png        ours          discriminators over training, with what they would show if blind
+
+reproduce.py draws one more, regimes.
 """
 
 import csv
@@ -259,7 +261,30 @@ def canvas(rows, columns, **settings):
     )
 
 
+def regimes(values: dict, regimes: list[str], title: str):
+    """reproduce.py's: values[method, temperature] -> per regime an array over seeds, or None where
+    a method was not run; one panel per temperature."""
+    temperatures = sorted({t for _, t in values})
+    figure, axes = canvas(1, len(temperatures))
+    for ax, t in zip(axes.flat, temperatures, strict=True):
+        for (method, _), style in zip((k for k in values if k[1] == t), STYLES, strict=False):
+            found = [(i, v) for i, v in enumerate(values[method, t]) if v is not None]
+            x, y = [i for i, _ in found], [v.mean() for _, v in found]
+            e = [v.std(ddof=1) / len(v) ** 0.5 if len(v) > 1 else 0 for _, v in found]
+            ax.errorbar(x, y, e, label=method, capsize=2, markersize=4, **style)
+        ax.set_xticks(range(len(regimes)), regimes)
+        ax.set(xlabel="learning rate of the policy", ylabel=f"strict accuracy at T = {t:g}, %")
+    axes.flat[0].legend(fontsize=8)
+    axes.flat[0].set_title(title, fontsize=9, loc="left")
+    return figure
+
+
 FIGURES = {f.__name__: f for f in (temperature, critic, length, margin, health)}
+
+
+def save(figure, path):
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    plt.close(figure)
 
 
 def main(argv=None):
@@ -277,8 +302,7 @@ def main(argv=None):
                 print(f"{name}: nothing to draw in these runs")
                 continue
             path = Path(args.out) / f"{name}.png"
-            figure.savefig(path, dpi=150, metadata={"Software": None})
-            plt.close(figure)
+            save(figure, path)
             print(f"wrote {path}")
     except (InputError, OSError) as error:
         sys.exit(f"plots.py: {error}")

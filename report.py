@@ -24,7 +24,7 @@ from losses import LN2
 COLUMNS = (
     "step loss_opo loss_adv loss_disc_pos loss_disc_neg d_ra reward_chosen reward_rejected margin"
     " pref_acc disc_acc_pos disc_acc_neg score_gap_pos score_gap_neg latent_mse adv_to_opo_grad"
-    " grad_norm disc_grad_norm lr disc_lr tokens tokens_per_s peak_gb seconds"
+    " adv_align grad_norm disc_grad_norm lr disc_lr tokens tokens_per_s peak_gb seconds"
 ).split()
 EVAL_COLUMNS = "step loss accuracy margin pairs".split()
 FINAL_COLUMNS = "temperature model n strict_acc strict_acc_se mean_score mean_score_se".split()
@@ -87,6 +87,12 @@ def neutral_values(args) -> str:
         return "lambda_adv 0: plain " + args.loss
     if args.disc == "mse":
         return "neutral values: adv 0 (the squared distance, where policy = reference)"
+    if args.critic == "paired":
+        return (
+            f"neutral values (critics that cannot tell apart): adv {LN2:+.4f}, D {LN2:.4f}"
+            f"{f' + {LN2:.4f}' if args.critic_input == 'h' else ''} + slopes, D acc 0.50,"
+            " score_gap 0"
+        )
     terms = (2 if args.mean == "ema" else 4) * (-1 if args.adv_loss == "minimax" else 1)
     return (
         f"neutral values (critics that cannot tell apart): adv {terms * LN2:+.4f}, D {4 * LN2:.4f},"

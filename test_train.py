@@ -288,14 +288,27 @@ def naive_quad(critics, h_ref, h_theta):
 
 
 def latent_gradient(loss, h_theta, triplets):
-    """|d loss / d latents|; the prompt's latents, which both answers share, are one set of
+    """d loss / d latents, (T, H); the prompt's latents, which both answers share, are one set of
     variables."""
-    grads, total = torch.autograd.grad(loss, h_theta, retain_graph=True), 0
+    grads, rows = torch.autograd.grad(loss, h_theta, retain_graph=True), []
     for t, chosen, rejected in zip(triplets, grads[:8], grads[8:], strict=True):
         n = len(t.prompt)
-        total += (chosen[0, :n] + rejected[0, :n]).square().sum()
-        total += chosen[0, n:].square().sum() + rejected[0, n:].square().sum()
-    return total.sqrt()
+        rows += [chosen[0, :n] + rejected[0, :n], chosen[0, n:], rejected[0, n:]]
+    return torch.cat(rows)
+
+
+def alignment(gradient, h_theta, h_ref, triplets):
+    """The mean over tokens of the cosine of -gradient and the way to the reference."""
+    ways = [
+        (h_ref[i] - h_theta[i])[0, n:].detach()
+        for j, t in enumerate(triplets)
+        for i, n in ((j, 0), (j + 8, len(t.prompt)))
+    ]
+    cosines = [
+        -(g @ way) / (g.norm() * way.norm()) if way.norm() > 0 and g.norm() > 0 else torch.zeros(())
+        for g, way in zip(gradient, torch.cat(ways), strict=True)
+    ]
+    return sum(cosines) / len(cosines)
 
 
 def naive_algorithm_1(world, steps, loss, mean, kind, lambda_adv, beta, ratio, lr, disc_lr, total):
@@ -380,15 +393,17 @@ def naive_algorithm_1(world, steps, loss, mean, kind, lambda_adv, beta, ratio, l
                 [len(t.chosen) for t in batch] + [len(t.rejected) for t in batch]
             )
             opo = softplus(beta * (ratio - (mean_logp[:8] - mean_logp[8:]))).mean()
-        norms = [latent_gradient(term, h_theta, batch) for term in (lambda_adv * adv, opo)]
+        push, other = (latent_gradient(term, h_theta, batch) for term in (lambda_adv * adv, opo))
         optimizer.zero_grad()
         (opo + lambda_adv * adv).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         mse = sum(((a - b) ** 2).mean() for a, b in zip(h_theta, h_ref, strict=True)) / 16
         terms = dict(
-            loss_opo=opo, loss_adv=adv, latent_mse=mse, adv_to_opo_grad=norms[0] / norms[1]
-        )
+            loss_opo=opo, loss_adv=adv, latent_mse=mse,
+            adv_to_opo_grad=push.norm() / other.norm(),
+            adv_align=alignment(push, h_theta, h_ref, batch),
+        )  # fmt: skip
         terms |= dict(zip(("loss_disc_pos", "loss_disc_neg"), disc_losses, strict=True))
         rows.append({name: value.item() for name, value in terms.items()})
     return rows, policy, critics
@@ -422,11 +437,12 @@ def test_three_steps_equal_a_naive_algorithm_1(loss, mean, kind, tiny_world, tmp
 SETTINGS = [
     ("--loss=dpo", "--mean=ema"), ("--loss=dpo", "--mean=batch"), ("--loss=simpo", "--mean=ema"),
     ("--loss=simpo", "--mean=batch"), ("--disc=mse",), ("--lambda_adv=0",),
+    ("--critic=paired",), ("--critic=paired", "--critic_input=h", "--disc_steps=2"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("setting", [
-    pytest.param(s, marks=[pytest.mark.slow] * (i not in (0, 3)), id=" ".join(s))
+    pytest.param(s, marks=[pytest.mark.slow] * (i not in (0, 3, 7)), id=" ".join(s))
     for i, s in enumerate(SETTINGS)
 ])  # fmt: skip
 def test_results_do_not_depend_on_micro_batches_or_ranks(setting, tiny_world, tmp_path):
@@ -678,7 +694,7 @@ def test_metrics_have_every_column_and_leave_empty_what_has_no_value(
     rows, _ = run(tiny_world, out, "--max_steps=2", "--lambda_adv=1", *more)
     header = (out / "metrics.csv").read_text().splitlines()[0].split(",")
     assert header[:3] == ["step", "loss_opo", "loss_adv"] and header[-1] == "seconds"
-    assert len(header) == 24
+    assert len(header) == 25
     assert [r["step"] for r in rows] == [1, 2]
     for row in rows:
         assert not columns & set(row)

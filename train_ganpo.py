@@ -23,6 +23,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
@@ -63,7 +64,11 @@ from losses import (
     generator_loss,
     implicit_rewards,
     latent_mse,
+    paired_discriminator_loss,
+    paired_generator_loss,
     relativistic_bce,
+    softplus,
+    token_mean,
 )
 from policy import at_least_fp32, load_lm, read_model_config, read_tokenizer
 
@@ -75,6 +80,7 @@ PAPER = dict(  # App. B and Fig 10 [choice 15]; beta of SimPO by its authors
     batch_size=128, max_length=2048, dtype="bfloat16", eval_split="test", eval_every=50,
     save_every=50, final_eval=0,
 )
+PAIRED = dict(lambda_adv=10.0, disc_hidden=64, disc_lr=3e-3)  # found in the miniature
 PRESETS = {  # what --preset sets; every flag still overrides it
     "mini": dict(
         model="out/mini/seed{seed}/model", dataset="out/mini/seed{seed}/train.jsonl", lr=1e-4,
@@ -92,6 +98,7 @@ PRESETS = {  # what --preset sets; every flag still overrides it
         dataset="princeton-nlp/llama3-ultrafeedback-armorm",
     ),
 }
+PRESETS["mini-paired"] = PRESETS["mini"] | dict(critic="paired")
 FINAL_TEMPERATURES = 0.0, 0.7, 1.0
 # fmt: on
 
@@ -124,7 +131,13 @@ def parse_args(argv):
     add("--disc_hidden", type=count, help="[512, Fig 10; mini 32, ours]")
     add("--disc_dropout", type=number(float, 0, 0.99), help="[0.1, Fig 10; mini 0, ours]")
     add("--disc_lr", type=at_least_0, help="[lr / 2, App. B; mini 10 lr, ours]")
+    add("--disc_padding", action="store_true", help="let it read padding, as the published code")
     add("--disc_every", type=count, default=1, help="steps per discriminator update [1, Alg. 1]")
+    add = parser.add_argument_group("the paired critic, beyond the paper").add_argument
+    add("--critic", choices=["paper", "paired"], help="the game [paper, Eq 18-20]")
+    add("--critic_input", choices=["h", "diff"], default="diff", help="or h - h_ref [diff]")
+    add("--disc_steps", type=count, default=1, help="its updates per step of the policy [1]")
+    add("--r1", type=at_least_0, default=10.0, help="weight of its slopes' penalty [10]")
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=at_least_0, help="peak [5e-7 Gemma, 1e-6 Llama, App. B; mini 1e-4, ours]")
     add("--warmup", type=fraction, default=0.1, help="share of steps, then cosine [0.1, App. B]")
@@ -155,6 +168,9 @@ def parse_args(argv):
         {k: v.format(seed=first.seed) if isinstance(v, str) else v for k, v in PRESETS[p].items()}
         for p in (first.preset, "mini")
     )
+    preset["critic"] = first.critic or preset.get("critic", "paper")
+    if preset["critic"] == "paired":
+        preset |= PAIRED
     derived = ("simpo_beta", "disc_lr_ratio", "eval_split", "eval_every", "final_eval")
     parser.set_defaults(**{k: v for k, v in preset.items() if k not in derived})
     args = parser.parse_args(argv)
@@ -173,6 +189,8 @@ def parse_args(argv):
         raise InputError("--eval_every needs held-out pairs: pass --eval_split")
     if args.final_eval and args.dataset != mini["dataset"]:
         raise InputError("--final_eval is for the miniature's data only: it has an exact judge")
+    if args.critic == "paired" and args.disc == "mse":
+        raise InputError("--critic paired has a critic of its own: leave --disc mse out")
     if args.resume and not args.out_dir:
         raise InputError("--resume needs --out_dir")
     return args
@@ -215,7 +233,10 @@ def critic_settings(args, config):
     names = ("disc_hidden", "disc_layers", "disc_dropout")
     sizes = {name.removeprefix("disc_"): getattr(args, name) for name in names}
     common = {"max_length": args.max_length, "ema_decay": args.ema_decay}
-    return {"kind": args.disc, "hidden_size": config.hidden_size} | sizes | common
+    own = {"kind": args.disc, "hidden_size": config.hidden_size}
+    if args.critic == "paired":
+        own |= {"kind": "paired", "differences": args.critic_input == "diff"}
+    return own | sizes | common
 
 
 def build_critics(args, config):
@@ -261,8 +282,9 @@ def build(args, config, device):
     if run.critics:
         run.critics.to(device, master)
         distributed.assert_equal_on_ranks(run.critics)
+        betas = (0.5, 0.9) if args.critic == "paired" else (0.9, 0.999)
         run.critic_optimizer = torch.optim.AdamW(  # [choice 10]
-            run.critics.parameters(), args.disc_lr, weight_decay=0.01, fused=True
+            run.critics.parameters(), args.disc_lr, betas, weight_decay=0.01, fused=True
         )
     run.autocast = autocast(device, dtype, device)
     return run
@@ -360,9 +382,10 @@ def quad_scores(run, h_ref, h_theta, mask):
     return torch.stack([own_scores(run, h, m) for h, m in quad], dim=1)
 
 
-def update_critics(run, scores, step):
+def update_critics(run, kept, sums, step):
     """Lines 13-19: means, losses and one update of both discriminators, on the global scores (2, 3,
     B), of which this rank's part carries its graph -> metrics."""
+    scores = all_ranks(torch.cat([out.scores for _, out in kept], dim=-1))
     losses, metrics = 0, {"d_ra": 4 * LN2}  # the constant that Eq 13 lacks [choice 13]
     for (name, critic), s in zip(run.critics.items(), scores, strict=True):
         sign = name.removeprefix("disc_")
@@ -402,6 +425,70 @@ def adversarial_gradient(run, s_theta, s_ref):
     return loss.detach(), grad.chunk(run.world, dim=-1)[run.rank]
 
 
+def adversarial_terms(run, kept, sums, metrics):
+    """Per micro-batch a scalar whose gradient is L_adv's, by the chain rule: dL_adv/ds times s."""
+    s_theta, s_ref = [own_scores(run, out.h, out.mask) for _, out in kept], None
+    if run.args.mean == "batch":
+        s_ref = torch.cat([own_scores(run, out.h_ref, out.mask) for _, out in kept], dim=-1)
+    metrics["loss_adv"], grad = adversarial_gradient(run, torch.cat(s_theta, dim=-1), s_ref)
+    for g in grad.split([s.shape[-1] for s in s_theta], dim=-1):
+        yield (g * s_theta.pop(0)).sum()
+
+
+# ---------------------------------------------------------------------- the paired game
+
+
+def by_critic(run, out):
+    """For each critic its sign and it, then latents (b, L, H) of the policy and the reference with
+    their mask, and the reference's of the opposite sign with theirs; in fp32 at least."""
+    h, h_ref = (at_least_fp32(x).chunk(2) for x in (out.h, out.h_ref))
+    mask = out.mask.chunk(2)
+    for i, (name, critic) in enumerate(run.critics.items()):
+        sign, o = name.removeprefix("disc_"), 1 - i
+        yield sign, critic, h[i], h_ref[i], mask[i], h_ref[o], mask[o]
+
+
+def paired_update(run, kept, sums, step):
+    """--disc_steps updates of both critics on the step's detached latents -> metrics. Their losses
+    are means over pairs, so gradients of micro-batches and ranks add up."""
+    args, metrics = run.args, {}
+    for inner in range(args.disc_steps if step % args.disc_every == 0 else 1):
+        run.critic_optimizer.zero_grad()
+        for _, out in kept:
+            for sign, critic, theta, ref, mask, other, other_mask in by_critic(run, out):
+                ends = [x.detach().requires_grad_() for x in critic.inputs(theta, ref)]
+                scores = [critic.tokens(x) for x in ends]
+                grads = torch.autograd.grad(sum(s.sum() for s in scores), ends, create_graph=True)
+                slopes = sum(g.square().sum(-1) for g in grads)
+                u = scores[1] - scores[0]
+                loss = paired_discriminator_loss(u, slopes, mask, args.r1)
+                if not critic.differences:  # a critic of texts: the reference's own two
+                    loss = loss + softplus(critic(other, other_mask) - critic(ref, mask))
+                (loss.sum() / args.batch_size).backward()
+                if inner == 0:
+                    sums[f"loss_disc_{sign}"] += loss.detach().sum()
+                    won = token_mean((u.detach().sign() + 1) / 2, mask)  # ties count 1/2
+                    sums[f"disc_acc_{sign}"] += won.sum()
+                    sums[f"score_gap_{sign}"] += token_mean(u.detach(), mask).sum()
+        if step % args.disc_every == 0:  # [choice 4]
+            norm = distributed.sum_gradients(run.critics.parameters())
+            metrics.setdefault("disc_grad_norm", norm)
+            run.critic_optimizer.step()
+    return metrics
+
+
+def paired_terms(run, kept, sums, metrics):
+    """Per micro-batch half the sum of both critics' losses for the policy, as a mean over pairs."""
+    while kept:  # the caller takes them one by one
+        out, losses = kept[0][1], 0
+        for _, critic, theta, ref, mask, *_ in by_critic(run, out):
+            x_theta, x_ref = critic.inputs(theta, ref)
+            u = critic.tokens(x_ref) - critic.tokens(x_theta)
+            losses = losses + paired_generator_loss(u, mask) / 2
+        sums["loss_adv"] += losses.detach().sum()
+        yield losses.sum() / run.args.batch_size
+
+
 def forward_pairs(run, batch, sums):
     """Lines 7-12 on one micro-batch -> what the step needs of it, with graphs: losses (b,); latents
     h and h_ref (2b, L, H) with their mask, or mse (b,) for --disc mse; scores of detached latents
@@ -412,16 +499,20 @@ def forward_pairs(run, batch, sums):
     lp, h, h_ref = two_models(run, batch, probe)
     out.losses = OPO_LOSSES[args.loss](lp, args)
     sum_pairs(sums, lp, out.losses, batch, args)
+    if adversarial:
+        h.register_hook(add_squares(sums, "adv_grad"))
+        h.register_hook(add_alignment(sums, h_ref - h.detach()))
     if run.ref:
         out.h, h_ref, out.mask = h[batch.gather], h_ref[batch.gather], batch.mask
         with torch.set_grad_enabled(adversarial and args.disc == "mse"):
             out.mse = latent_mse(at_least_fp32(out.h), at_least_fp32(h_ref), batch.mask) / 2
         sums["latent_mse"] += out.mse.detach().sum()
-    if adversarial:
-        h.register_hook(add_squares(sums, "adv_grad"))
     if run.critics:
-        out.scores = quad_scores(run, h_ref, out.h.detach(), batch.mask)
-        out.h_ref = h_ref if args.mean == "batch" else None  # else needed no more
+        if args.disc_padding:
+            out.mask = torch.ones_like(batch.mask)
+        if args.critic == "paper":
+            out.scores = quad_scores(run, h_ref, out.h.detach(), out.mask)
+        out.h_ref = h_ref if args.critic == "paired" or args.mean == "batch" else None
     return out
 
 
@@ -458,19 +549,18 @@ def train_step(run, batches, step):
 
     metrics = {}
     if run.critics:
+        game = {
+            "paper": (update_critics, adversarial_terms),
+            "paired": (paired_update, paired_terms),
+        }
+        update, terms = game[args.critic]
         # lines 13-19: the discriminators
-        scores = all_ranks(torch.cat([out.scores for _, out in kept], dim=-1))
-        metrics |= update_critics(run, scores, step)
+        metrics |= update(run, kept, sums, step)
         # lines 20-24: the policy, through the updated and now frozen discriminators [choice 6]
         run.critics.requires_grad_(False).eval()
-        s_theta, s_ref = [own_scores(run, out.h, out.mask) for _, out in kept], None
-        if args.mean == "batch":
-            s_ref = torch.cat([own_scores(run, out.h_ref, out.mask) for _, out in kept], dim=-1)
-        metrics["loss_adv"], grad = adversarial_gradient(run, torch.cat(s_theta, dim=-1), s_ref)
-        for g in grad.split([s.shape[-1] for s in s_theta], dim=-1):
-            # the chain rule by hand: g is dL_adv/ds, and FSDP2 will average over ranks
-            (loss, _), s = kept.pop(0), s_theta.pop(0)
-            (loss + lambda_adv * run.world * (g * s).sum()).backward()
+        for term in terms(run, kept, sums, metrics):
+            loss, _ = kept.pop(0)
+            (loss + lambda_adv * run.world * term).backward()
     norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), args.grad_clip)
     metrics["grad_norm"] = norm.full_tensor()
     metrics = reduce_metrics(sums, metrics, args)
@@ -508,6 +598,18 @@ def set_lr(optimizer, lr):
         group["lr"] = lr
 
 
+def add_alignment(sums, towards):
+    """A gradient hook: the cosine, token by token, of the push -gradient with `towards` (T, H), the
+    way to the reference."""
+
+    def hook(grad):
+        cosines = F.cosine_similarity(-at_least_fp32(grad), at_least_fp32(towards), dim=-1)
+        sums["adv_align"] += cosines.sum()
+        sums["adv_tokens"] += cosines.numel()
+
+    return hook
+
+
 def add_squares(sums, name):
     """A gradient hook that adds |gradient|^2 to sums[name]."""
 
@@ -537,12 +639,12 @@ def reduce_metrics(sums, metrics, args):
     dist.all_reduce(total)
     values = torch.cat([total, torch.stack([v.double() for v in metrics.values()])]).tolist()
     m = dict(zip([*sums, *metrics], values, strict=True))
-    for name in ("loss_opo", "reward_chosen", "reward_rejected", "pref_acc", "latent_mse"):
-        if name in m:
-            m[name] /= args.batch_size
+    for name in {*sums} - {"tokens", "adv_grad", "opo_grad", "adv_align", "adv_tokens"}:
+        m[name] /= args.batch_size
     m["margin"] = m["reward_chosen"] - m["reward_rejected"]
     if args.lambda_adv > 0:
         adv, opo = m.pop("adv_grad"), m.pop("opo_grad")
+        m["adv_align"] /= m.pop("adv_tokens")
         if opo:
             m["adv_to_opo_grad"] = math.sqrt(adv / opo)
         m.setdefault("loss_adv", m["latent_mse"])  # --disc mse
@@ -562,7 +664,7 @@ def check_start(run, batch):
     known = {"dpo": LN2, "ipo": 1 / (4 * args.beta**2)}.get(args.loss)
     if known:
         off["loss"] = (OPO_LOSSES[args.loss](lp, args) / known - 1).abs().max()
-    if run.critics:
+    if run.critics and args.critic == "paper":
         run.critics.eval()
         for s in quad_scores(run, h_ref[batch.gather], h[batch.gather], batch.mask):
             s_ref, s_theta, _ = s
