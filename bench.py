@@ -151,6 +151,7 @@ class Clock:
             (train_ganpo, "quad_scores", "discriminators"),
             (train_ganpo, "own_scores", "discriminators"),
             (train_ganpo, "update_critics", "discriminators"),
+            (train_ganpo, "paired_update", "discriminators"),
             (train_ganpo, "adversarial_gradient", "discriminators"),
             (torch.Tensor, "backward", "backward"),
             (torch.nn.utils, "clip_grad_norm_", "optimiser"),

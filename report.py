@@ -122,6 +122,8 @@ def print_header(run, tokenizer, data, held_out, cut, needs):
     }
     print0("parameters: " + ", ".join(f"{k} {n:,}" for k, n in numel.items()))
     print0(neutral_values(args))
+    if args.critic == "paired" and not args.preset.startswith("mini"):
+        print0("--critic paired: its settings were found in the miniature, and nowhere else tried")
     t = data.triplets[0]  # what is scored stands between the marks
     for name, ids in (("chosen", t.chosen), ("rejected", t.rejected)):
         answer = tokenizer.decode(ids)

@@ -121,14 +121,19 @@ def run_cell(seed: int, cell: str):
     (folder / "done").touch()
 
 
-def run_all(seeds, cells):
+def prepare(seed: int):
+    """The world of a seed, and the prompts that its cells are examined on."""
+    world, home = miniature.build(seed), ROOT / f"seed{seed}"
+    home.mkdir(parents=True, exist_ok=True)
+    lines = (world / "prompts.jsonl").read_text().splitlines(keepends=True)[:PROMPTS]
+    (home / "prompts.jsonl").write_text("".join(lines))
+
+
+def run_all(seeds, cells) -> float:
+    """Everything that is not finished yet -> seconds."""
     begin = time.perf_counter()
     for seed in seeds:
-        world = miniature.build(seed)
-        home = ROOT / f"seed{seed}"
-        home.mkdir(parents=True, exist_ok=True)
-        lines = (world / "prompts.jsonl").read_text().splitlines(keepends=True)[:PROMPTS]
-        (home / "prompts.jsonl").write_text("".join(lines))
+        prepare(seed)
     context = get_context("spawn")
     cores_left, n = context.Queue(), cores()
     for core in sorted(os.sched_getaffinity(0))[:n]:

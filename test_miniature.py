@@ -349,7 +349,7 @@ def test_same_seed_prompt_and_temperature_same_text_in_any_batch_and_order(small
     assert lm.dtype == torch.float32
     chats = [chat(task.prompt) for task in miniature.read_tasks(small / "prompts.jsonl")]
     order = np.random.default_rng(0).permutation(len(chats))
-    for temperature in (0, 0.7, 1.0):
+    for temperature in (0, 1.0):
         settings = dict(temperature=temperature, seed=1, max_new_tokens=40)
         whole = generate(lm, encoder, chats, **settings)
         for size in (1, 3, 16):

@@ -272,12 +272,23 @@ DAMAGES = {
 }
 
 
+SAVES = ("--epochs=2", "--save_every=2")
+
+
+@pytest.fixture(scope="module")
+def two_states(tiny_world, tmp_path_factory):
+    """A run that has stopped after four of six steps."""
+    folder = tmp_path_factory.mktemp("two")
+    run(tiny_world, folder / "r", *SAVES, "--stop_after=4")
+    return folder / "r"
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_state_is_named_and_the_one_before_it_used(
-    damage, six_steps, tiny_world, tmp_path, capsys
+    damage, six_steps, two_states, tiny_world, tmp_path, capsys
 ):
-    out, more, (_, weights) = tmp_path / "r", ("--epochs=2", "--save_every=2"), six_steps
-    run(tiny_world, out, *more, "--stop_after=4")
+    out, more, (_, weights) = tmp_path / "r", SAVES, six_steps
+    shutil.copytree(two_states, out)
     harm, message = DAMAGES[damage]
     harm(out / "state" / "step-000004")
     rows, again = run(tiny_world, out, *more, "--resume")
@@ -397,7 +408,7 @@ def test_a_disk_that_fills_up_during_a_save_destroys_no_state(
 # ---------------------------------------------------------------------- signals
 
 
-LONG = ("--epochs=14",)  # 42 steps
+LONG, LONG_STEPS = ("--epochs=8",), 24
 
 
 @pytest.fixture(scope="module")
@@ -420,11 +431,12 @@ def test_a_signal_finishes_the_step_saves_and_exits_0(
     assert join(children) == [0] * ranks
     (line,) = [x for x in log.read_text().splitlines() if x.startswith("stopped after step")]
     step = int(re.match(r"stopped after step (\d+); resume with: train_ganpo.py ", line)[1])
-    assert line.endswith("--resume") and 3 <= step < 42
+    assert line.endswith("--resume") and 3 <= step < LONG_STEPS
     assert states(out)[-1] == f"step-{step:06d}"
     rows, again = run(tiny_world, out, *LONG, "--resume", ranks=ranks)
     straight, weights = undisturbed[ranks]
-    assert furthest(weights, again) == 0 and [r["step"] for r in rows] == list(range(1, 43))
+    assert furthest(weights, again) == 0
+    assert [r["step"] for r in rows] == list(range(1, LONG_STEPS + 1))
     for a, b in zip(straight, rows, strict=True):
         close(a, b, 0)
 
@@ -557,7 +569,7 @@ def test_a_second_process_on_one_out_dir_is_refused(tiny_world, tmp_path):
 # ---------------------------------------------------------------------- kill -9
 
 
-KILLED = ("--epochs=14", "--save_every=1", "--disc_dropout=0.3")  # 42 steps
+KILLED, KILLED_STEPS = ("--epochs=8", "--save_every=1", "--disc_dropout=0.3"), 24
 
 
 def survive(world, folder, kills, seed):
@@ -591,7 +603,7 @@ def test_kill_9_at_random_moments_and_resume_give_the_undisturbed_weights(
     rows, again, struck = survive(tiny_world, tmp_path, kills, seed=kills)
     assert len(struck) == kills
     assert all(torch.equal(weights[k], again[k]) for k in again)
-    assert [r["step"] for r in rows] == list(range(1, 43))
+    assert [r["step"] for r in rows] == list(range(1, KILLED_STEPS + 1))
     for a, b in zip(straight, rows, strict=True):
         close(a, b, 0)
 

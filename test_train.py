@@ -647,20 +647,25 @@ def test_lambda_0_is_the_plain_loss_bit_for_bit(loss, tiny_world, tmp_path, monk
     assert not set(unused) & set(rows[0])
 
 
-def test_neither_player_sends_gradient_to_the_other(tiny_world, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "update, more", [("update_critics", "--mean=batch"), ("paired_update", "--critic=paired")]
+)
+def test_neither_player_sends_gradient_to_the_other(
+    update, more, tiny_world, tmp_path, monkeypatch
+):
     """Seen from inside a real step: nothing in policy or reference while the discriminators move,
     and the discriminators do not move, nor their means, while the policy's gradient is taken."""
-    inner, seen = train_ganpo.update_critics, []
+    inner, seen = getattr(train_ganpo, update), []
 
-    def watched(run, scores, step):
-        metrics = inner(run, scores, step)
+    def watched(run, kept, sums, step):
+        metrics = inner(run, kept, sums, step)
         assert all(p.grad is None for p in [*run.policy.parameters(), *run.ref.parameters()])
         seen.append((run, {k: v.clone() for k, v in run.critics.state_dict().items()}))
         seen[-1][0].grads = [p.grad.clone() for p in run.critics.parameters()]
         return metrics
 
-    monkeypatch.setattr(train_ganpo, "update_critics", watched)
-    run(tiny_world, tmp_path / "r", "--max_steps=1", "--mean=batch")
+    monkeypatch.setattr(train_ganpo, update, watched)
+    run(tiny_world, tmp_path / "r", "--max_steps=1", more)
     ((state, critics),) = seen
     for name, value in state.critics.state_dict().items():
         assert torch.equal(value, critics[name]), name
@@ -1161,7 +1166,7 @@ def test_bench_makes_workloads_of_three_shapes(tmp_path):
 
 
 @pytest.mark.slow
-def test_bench_puts_another_program_beside_itself(workload, capsys):
+def test_bench_puts_another_program_beside_itself(workload, capsys, monkeypatch):
     line = json.dumps({"tokens_per_s": 1.0, "step_s": [0.5, 1.5], "peak_gb": 2.0})
     bench.main([str(workload[0]), "--batch_size=2", "--steps=2", "--vs", f"echo '{line}'"])
     printed = capsys.readouterr().out.splitlines()[1:]
@@ -1170,14 +1175,15 @@ def test_bench_puts_another_program_beside_itself(workload, capsys):
     here, other, ratio = rows["tokens_per_s"]
     assert other == 1 and here > 1 and ratio == pytest.approx(here, abs=0.01)
     assert rows["step_s"][1] == 1  # a list of steps counts as their mean
-
-
-def test_bench_refuses_what_it_cannot_measure(workload, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "ROUNDS", 1)
+    with pytest.raises(SystemExit, match="^bench.py: .*echo hello printed no such line"):
+        bench.main([str(workload[0]), "--batch_size=2", "--vs", "echo hello"])
+
+
+def test_bench_refuses_what_it_cannot_measure(workload, tmp_path):
     for argv, message in (
         ((tmp_path / "nothing",), "no workload"),
         ((workload[0], "--batch_size=4"), "6 pairs, 12 needed"),
-        ((workload[0], "--batch_size=2", "--vs", "echo hello"), "echo hello printed no such line"),
     ):
         with pytest.raises(SystemExit, match=rf"^bench.py: .*{message}"):
             bench.main([str(x) for x in argv])

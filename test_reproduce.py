@@ -1,0 +1,98 @@
+"""Claims about reproduce.py: what it counts as a claim's verdict, and a grid in small.
+
+python -m pytest -q test_reproduce.py
+"""
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+
+import miniature
+import reproduce
+import train_ganpo
+from reproduce import CELLS, QUICK, Grid, flags_of, run_cell, verdict, with_error
+from test_miniature import SMALL
+
+
+def test_every_cell_is_a_run_that_train_ganpo_takes_and_differs_from_the_others():
+    parsed = {}
+    for cell in CELLS:
+        args = vars(train_ganpo.parse_args(flags_of(cell)))
+        parsed[cell] = json.dumps(args, sort_keys=True)
+        assert args["dataset"] == "out/mini/seed0/train.jsonl"
+    same = {  # DPO of the lower rate is a control of the higher one's
+        (a, b) for a in parsed for b in parsed if a < b and parsed[a] == parsed[b]
+    }
+    assert same == {("far/lr_3e-4", "over/dpo")}
+    assert set(QUICK.split()) <= set(CELLS) and len(QUICK.split()) == 8
+
+
+def test_two_standard_errors_decide():
+    up = np.array([1.0, 1.5, 0.5])
+    assert verdict(up) == "reproduces" and verdict(-up) == "reversed"
+    assert verdict(np.array([1.0, -1.5, 0.7])) == "does not reproduce"
+    assert verdict(up[:1]) == "one seed: no verdict"
+    error = np.std(up, ddof=1) / 3**0.5
+    assert with_error(up, 2, "+") == f"+1.00 +- {error:.2f}"
+    assert with_error(up[:1], 1) == "1.0" and with_error(np.array([1.0, np.nan]), 1) == "-"
+
+
+@pytest.fixture(scope="module")
+def small_grid(tmp_path_factory):
+    """Two worlds of seconds, three cells each, in a folder of their own."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(reproduce, "PROMPTS", 20)
+        build = miniature.build
+        patch.setattr(
+            miniature, "build", lambda seed, log=print: build(seed, log=lambda line: 0, sizes=SMALL)
+        )
+        cells, seeds = ["mild/dpo", "mild/ganpo", "over/paired"], [0, 1]
+        for seed in seeds:
+            reproduce.prepare(seed)
+            for cell in ("reference", "reward", *cells):
+                run_cell(seed, cell)
+        grid = Grid(seeds, cells)
+        reproduce.write_results(grid, folder / "RESULTS.md", 0)
+        yield folder, grid
+
+
+def test_a_small_grid_gives_tables_of_its_own_numbers(small_grid):
+    folder, grid = small_grid
+    text = (folder / "RESULTS.md").read_text()
+    strict = {}
+    for seed in (0, 1):
+        for cell in ("mild/dpo", "mild/ganpo"):
+            file = folder / "out/reproduce" / f"seed{seed}" / cell / "eval-mini" / "results.json"
+            rows = {r["temperature"]: r for r in json.loads(file.read_text())}
+            strict[seed, cell] = rows[0.7]["strict_acc"]
+            assert rows[0.7]["n"] == 20 and rows[0.7]["baseline"].endswith("model")
+    d = np.array([strict[s, "mild/ganpo"] - strict[s, "mild/dpo"] for s in (0, 1)])
+    shown = f"{d.mean():+.1f} +- {abs(d[0] - d[1]) / 2:.1f}"
+    assert (
+        f"strict {shown} |" in text
+        and grid.difference("mild/ganpo", "mild/dpo", ("strict_acc", 0.7)) == shown
+    )
+    assert re.search(r"\| Fig 4 \| the discriminator .* T = 2.0 \| r [+-]0\.\d\d", text)
+    assert "| over/paired |" in text and (folder / "RESULTS.png").stat().st_size > 10_000
+    with (folder / "RESULTS.csv").open() as file:
+        rows = {(r["seed"], r["cell"], r["temperature"]): r for r in csv.DictReader(file)}
+    assert len(rows) == 2 * 4 * 6  # with the reference
+    assert float(rows["1", "mild/dpo", "0.7"]["strict_acc"]) == strict[1, "mild/dpo"]
+
+
+def test_finished_cells_are_left_alone_and_the_baseline_is_sampled_once(small_grid, monkeypatch):
+    folder, _ = small_grid
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(train_ganpo, "main", None)
+    run_cell(0, "mild/dpo")
+    home = folder / "out/reproduce/seed1"
+    for t in ("0.7", "1.5"):
+        a = home / "reference/eval-mini" / f"model-T{t}.jsonl"
+        b = home / "mild/dpo/eval-mini" / f"baseline-T{t}.jsonl"
+        assert a.read_text() == b.read_text()
+    assert "baseline" not in (home / "mild/dpo/log").read_text().split("judge")[0]
