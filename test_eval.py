@@ -457,6 +457,12 @@ def test_gpt4_prints_a_command_and_judges_nothing(exam, tmp_path, capsys):
                               [t.prompt for t in tasks], empty_ok=True)  # fmt: skip
 
 
+def test_evaluation_knows_no_trainer():
+    for name in ("eval_alpaca", "reward_model", "winrate", "plots", "generate", "checkpoint"):
+        text = (HERE / f"{name}.py").read_text()
+        assert not re.search(r"^(?:import|from) train_", text, re.M), name
+
+
 # ---------------------------------------------------------------------- critics and IFEval
 
 
