@@ -56,6 +56,9 @@ CELLS = {  # regime/name: flags; one factor away from ganpo, the default
     "mild/padding": ["--disc_padding"],
     "mild/mlp": ["--disc=mlp"],
     "mild/mse": MSE,
+    "mild/beta_1": [*DPO, "--beta=1"],
+    "mild/beta_3": [*DPO, "--beta=3"],
+    "mild/lr_9e-5": [*DPO, "--lr=9e-5"],  # DPO of the paired critic's margin
     "mild/paired": PAIRED,
     "mild/paired_h": PAIRED_H,
     "over/dpo": DPO,
@@ -65,7 +68,8 @@ CELLS = {  # regime/name: flags; one factor away from ganpo, the default
     "over/mse": MSE,
     "over/beta_0.5": [*DPO, "--beta=0.5"],
     "over/beta_1": [*DPO, "--beta=1"],
-    "over/lr_2.3e-4": [*DPO, "--lr=2.3e-4"],  # DPO of the paired critic's margin
+    "over/beta_3": [*DPO, "--beta=3"],
+    "over/lr_2.3e-4": [*DPO, "--lr=2.3e-4"],
     "over/paired": PAIRED,
     "over/paired_h": PAIRED_H,
     "far/dpo": DPO,
@@ -286,7 +290,7 @@ def method_table(grid, regime) -> str:
     for cell in ["reference", *cells]:
         row = [cell.split("/")[-1]]
         row += [grid.show(cell, ("strict_acc", t)) for t in (0.0, 0.7, 1.0, 1.5)]
-        versus = cell in cells and cell != base
+        versus = {cell, base} <= set(cells) and cell != base
         row.append(grid.difference(cell, base, ("strict_acc", 0.7)) if versus else "")
         row += [grid.show(cell, ("win_rate", 0.7)), grid.show(cell, ("lc_win_rate", 0.7))]
         row += [grid.show(cell, ("mean_score", 0.7), 3), grid.show(cell, ("avg_length", 0.7))]

@@ -61,6 +61,7 @@ def small_grid(tmp_path_factory):
         yield folder, grid
 
 
+@pytest.mark.slow
 def test_a_small_grid_gives_tables_of_its_own_numbers(small_grid):
     folder, grid = small_grid
     text = (folder / "RESULTS.md").read_text()
@@ -85,6 +86,7 @@ def test_a_small_grid_gives_tables_of_its_own_numbers(small_grid):
     assert float(rows["1", "mild/dpo", "0.7"]["strict_acc"]) == strict[1, "mild/dpo"]
 
 
+@pytest.mark.slow
 def test_finished_cells_are_left_alone_and_the_baseline_is_sampled_once(small_grid, monkeypatch):
     folder, _ = small_grid
     monkeypatch.chdir(folder)
