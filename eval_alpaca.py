@@ -340,6 +340,10 @@ class Critics:
             self.critics = load_discriminators(path, writer.device)
         except Exception as error:  # torch.load raises what it likes
             raise InputError(f"--score_discriminators {path}: {first_line(error)}") from None
+        if getattr(self.critics["disc_pos"], "differences", False):
+            raise InputError(
+                f"--score_discriminators {path}: critics of h - h_ref cannot score a text alone"
+            )
         size, own = self.critics["disc_pos"].project_in.in_features, writer.config.hidden_size
         if size != own:
             raise InputError(

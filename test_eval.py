@@ -375,6 +375,8 @@ def test_bad_input_is_one_line_before_anything_is_written(exam, tiny_world, tmp_
     bare = tmp_path / "bare"
     shutil.copytree(exam / "model", bare, ignore=shutil.ignore_patterns("*.safetensors"))
     run(tiny_world, tmp_path / "run", "--max_steps=1")
+    run(tiny_world, tmp_path / "paired", "--max_steps=1", "--critic=paired")
+    paired = tmp_path / "paired" / "discriminators.pt"
     make_model(tmp_path / "wide", hidden_size=64)
     discs = tmp_path / "run" / "discriminators.pt"
     noise, other = tmp_path / "noise.pt", exam / "other"
@@ -392,6 +394,8 @@ def test_bad_input_is_one_line_before_anything_is_written(exam, tiny_world, tmp_
         ([model, mini, f"--baseline={bare}"], f"--baseline {bare}: a model folder without weights"),
         ([f"--model={tmp_path / 'wide'}", mini, f"--score_discriminators={discs}"],
          f"--score_discriminators {discs}: for latents of size 32, the model's are 64"),
+        ([model, mini, f"--score_discriminators={paired}"],
+         f"--score_discriminators {paired}: critics of h - h_ref cannot score a text alone"),
         ([model, mini, f"--score_discriminators={noise}"], f"--score_discriminators {noise}: "),
         ([model, mini, "--judge=rm"], "--judge rm needs --reward_model"),
         ([model, mini, f"--reward_model={other}"], f"--reward_model {other}: no reward model"),
