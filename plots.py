@@ -274,7 +274,7 @@ def regimes(values: dict, regimes: list[str], title: str):
             ax.errorbar(x, y, e, label=method, capsize=2, markersize=4, **style)
         ax.set_xticks(range(len(regimes)), regimes)
         ax.set(xlabel="learning rate of the policy", ylabel=f"strict accuracy at T = {t:g}, %")
-    axes.flat[0].legend(fontsize=8)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     axes.flat[0].set_title(title, fontsize=9, loc="left")
     return figure
 

@@ -500,8 +500,9 @@ def forward_pairs(run, batch, sums):
     out.losses = OPO_LOSSES[args.loss](lp, args)
     sum_pairs(sums, lp, out.losses, batch, args)
     if adversarial:
+        out.way = h_ref - h.detach()
         h.register_hook(add_squares(sums, "adv_grad"))
-        h.register_hook(add_alignment(sums, h_ref - h.detach()))
+        h.register_hook(add_alignment(sums, out.way))
     if run.ref:
         out.h, h_ref, out.mask = h[batch.gather], h_ref[batch.gather], batch.mask
         with torch.set_grad_enabled(adversarial and args.disc == "mse"):
