@@ -38,9 +38,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, LlamaCo
 
 import distributed
 import estimate
+import game
 import train_ganpo
 from data import InputError, Triplet, pack
 from estimate import tokens_in
+from flags import DTYPES
 from generate import quiet
 
 NAMES = "prompt_ids", "chosen_ids", "rejected_ids"
@@ -66,10 +68,10 @@ SHAPES = {  # of --shape: a transformers config, lengths
         ), LONG,
     ),
 }  # fmt: skip
-PEAKS = {"H200": 790e12, "H100": 790e12, "A100": 312e12}  # bf16 FLOP/s of a dense product
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # bf16 FLOP/s of a dense product
 ROUNDS = 3  # of each program under --vs
 RANK = int(os.environ.get("RANK", 0))
-ASSUMED_SHARE, GPUS_PER_NODE = 0.45, 8  # of the peak, for --estimate
+ASSUMED_SHARE, GPUS_PER_NODE = 0.36, 8  # of the peak, for --estimate
 
 
 # ---------------------------------------------------------------------- the workload
@@ -149,10 +151,9 @@ class Clock:
         """The step's own functions report to this clock."""
         places = [
             (train_ganpo, "quad_scores", "discriminators"),
-            (train_ganpo, "own_scores", "discriminators"),
-            (train_ganpo, "update_critics", "discriminators"),
-            (train_ganpo, "paired_update", "discriminators"),
-            (train_ganpo, "adversarial_gradient", "discriminators"),
+            (game, "own_scores", "discriminators"),
+            (game.GAMES[run.args.critic], "update", "discriminators"),
+            (game, "adversarial_gradient", "discriminators"),
             (torch.Tensor, "backward", "backward"),
             (torch.nn.utils, "clip_grad_norm_", "optimiser"),
             (run.optimizer, "step", "optimiser"),
@@ -212,7 +213,7 @@ def model_flops(args, config, cut, recomputed: bool) -> float:
     """Of one token of a packed row: the products of the policy's forward three times, as backward
     takes two more, and of the reference's; no discriminator. recomputed adds what --checkpointing
     does again."""
-    with train_ganpo.players_without_weights(args, config) as run:
+    with estimate.players_without_weights(args, config) as run:
         batch, flops = pack(cut.longest), 0
         again = recomputed and args.checkpointing
         for lm, times in ((run.policy, 3 + again), (run.ref, 1)):
@@ -225,9 +226,10 @@ def model_flops(args, config, cut, recomputed: bool) -> float:
 
 def measure(args, train_args, steps, model_dir) -> dict:
     device, config = distributed.start(train_args.timeout), AutoConfig.from_pretrained(model_dir)
-    dtype = train_ganpo.DTYPES[train_args.dtype]
+    dtype = DTYPES[train_args.dtype]
     cut = estimate.survey(steps[1:], train_args, dist.get_world_size())
-    needs = train_ganpo.needed_memory(train_args, config, cut, device, distributed.sharing_ranks())
+    shards, forward = distributed.sharing_ranks(), train_ganpo.forward_pairs
+    needs = estimate.needed_memory(forward, train_args, config, cut, device, shards)
     run = train_ganpo.build(train_args, config, device)
     run.max_steps = args.steps + 2
 
@@ -291,7 +293,7 @@ def compute(args, train_args, steps, model_dir) -> dict:
     ranks, config = args.estimate, AutoConfig.from_pretrained(model_dir)
     cut = estimate.survey(steps, train_args, ranks)
     shards, gpu = min(ranks, GPUS_PER_NODE), torch.device("cuda")
-    needs = train_ganpo.needed_memory(train_args, config, cut, gpu, shards)
+    needs = estimate.needed_memory(train_ganpo.forward_pairs, train_args, config, cut, gpu, shards)
     tokens = statistics.mean(map(tokens_in, steps))
     flops = model_flops(train_args, config, cut, True) * tokens
     seconds = flops / ranks / (ASSUMED_SHARE * PEAKS["H200"])
@@ -365,8 +367,9 @@ def main(argv=None):
     args, flags = parser.parse_known_args(argv)
     try:
         if args.vs:
-            at = argv.index("--vs")
-            return versus([workload] * bool(workload) + argv[:at] + argv[at + 2 :], args.vs)
+            at = next(i for i, word in enumerate(argv) if word.split("=")[0] == "--vs")
+            rest = argv[:at] + argv[at + 1 + (argv[at] == "--vs") :]
+            return versus([workload] * bool(workload) + rest, args.vs)
         with tempfile.TemporaryDirectory() as folder:
             done = run_here(workload, args, flags, Path(folder))
     except InputError as error:

@@ -5,7 +5,8 @@ scores.
     scores = disc(h, attention_mask)          # h (B, T, H), attention_mask (B, T) -> (B,)
 
 Two are trained: disc_pos on chosen responses, disc_neg on rejected ones. Everything is computed in
-the weights' precision, fp32, except matrix products under the caller's autocast [choice 10].
+the weights' precision, fp32, except matrix products under the caller's autocast [choice 10]; the
+paired critic's callers have none, for the sake of its slopes.
 """
 
 import torch
@@ -79,11 +80,25 @@ class Discriminator(nn.Module):
         return self.ema / (1 - self.ema_decay**n)
 
 
+DISCRIMINATORS = {}  # --disc NAME -> class, which takes all settings of build_discriminator
+
+
+def discriminator(name: str):
+    """Adds a critic's class under `name`."""
+
+    def add(cls):
+        DISCRIMINATORS[name] = cls
+        return cls
+
+    return add
+
+
+@discriminator("transformer")
 class TransformerDiscriminator(Discriminator):
     """Fig 10: linear to `hidden` (spectral norm), learned positions, pre-norm encoder layers,
     masked mean, a two-layer head (spectral norm)."""
 
-    def __init__(self, hidden_size, hidden, layers, dropout, max_length, ema_decay):
+    def __init__(self, hidden_size, hidden, ema_decay, layers, dropout, max_length, **_):
         super().__init__(hidden_size, hidden, ema_decay)
         # 8 heads as in Fig 10, fewer where they would be narrower than 8 units
         heads = next(n for n in (8, 4, 2, 1) if hidden % n == 0 and (hidden // n >= 8 or n == 1))
@@ -124,11 +139,12 @@ class EncoderLayer(nn.Module):
         return x + self.drop(self.ffn_out(self.drop(F.gelu(self.ffn_in(self.norm_ffn(x))))))
 
 
+@discriminator("mlp")
 class MLPDiscriminator(Discriminator):
     """Table 3's shallow critic: the masked mean of the latents, then the first layer and the
     head."""
 
-    def __init__(self, hidden_size, hidden, ema_decay):
+    def __init__(self, hidden_size, hidden, ema_decay, **_):
         super().__init__(hidden_size, hidden, ema_decay)
         self.finish()
 
@@ -138,11 +154,12 @@ class MLPDiscriminator(Discriminator):
         return self.head(F.gelu(normalised(self.project_in, pooled)))
 
 
+@discriminator("paired")
 class TokenCritic(nn.Module):
     """The paired game's critic: a small MLP on each token's latent, no spectral norm, no means.
     With differences it reads h_theta - h_ref, whose place for the reference is 0."""
 
-    def __init__(self, hidden_size, hidden, differences):
+    def __init__(self, hidden_size, hidden, differences, **_):
         super().__init__()
         self.differences = differences
         self.project_in = nn.Linear(hidden_size, hidden)
@@ -189,12 +206,8 @@ def build_discriminator(
     """A critic for latents of width hidden_size. kind: transformer (Fig 10), mlp (Table 3) or
     paired (the paired game's); only the first has use for layers, dropout and max_length (learned
     positions), only the last for differences. ValueError for another kind."""
-    if kind == "transformer":
-        return TransformerDiscriminator(hidden_size, hidden, layers, dropout, max_length, ema_decay)
-    if kind == "mlp":
-        return MLPDiscriminator(hidden_size, hidden, ema_decay)
-    if kind == "paired":
-        return TokenCritic(hidden_size, hidden, differences)
-    raise ValueError(
-        f"unknown discriminator {kind!r}: transformer, mlp or paired (mse is losses.latent_mse)"
-    )
+    if kind not in DISCRIMINATORS:
+        known = ", ".join(DISCRIMINATORS)
+        raise ValueError(f"unknown discriminator {kind!r}: {known} (mse is losses.latent_mse)")
+    settings = dict(layers=layers, dropout=dropout, max_length=max_length, differences=differences)
+    return DISCRIMINATORS[kind](hidden_size, hidden, ema_decay=ema_decay, **settings)

@@ -2,20 +2,29 @@
 from the real forward on tensors without data.
 
     cut = survey(steps, args, ranks)             # how their pairs will be cut into forwards
-    needs = memory(run, forward, cut, shards)    # bytes by part, on one rank
+    needs = needed_memory(forward_pairs, args, config, cut, device, shards)    # bytes by part
     refuse_what_cannot_fit(needs, device)
 """
 
 import os
+from collections import defaultdict
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
+import attention
 from data import InputError, Triplet, pack, plan_forwards, row_length
-from policy import rows_per_chunk
+from flags import DTYPES
+from game import autocast, build_critics
+from losses import needs_reference
+from policy import load_lm, rows_per_chunk
 
 
 class Survey(NamedTuple):
@@ -45,6 +54,32 @@ def survey(steps, args, ranks) -> Survey:
             most, rank = of_rank.max(), of_rank.argmax()
             heaviest = [part[rank] for part in parts]
     return Survey(min(counts), max(counts), float(np.mean(imbalance)), longest, heaviest)
+
+
+@contextmanager
+def players_without_weights(args, config):
+    """The `run` that forward_pairs takes, of tensors that have shapes only."""
+    dtype, run = DTYPES[args.dtype], SimpleNamespace(args=args, ref=None)
+    run.critics = build_critics(args, config)  # real, being small
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        load = partial(load_lm, dtype=dtype, shell="cpu")
+        run.policy = load(args.model, checkpointing=args.checkpointing)
+        if needs_reference(args):
+            run.ref = load(args.ref_model).requires_grad_(False)
+        yield run
+
+
+def needed_memory(forward_pairs, args, config, cut, device, shards) -> dict[str, float]:
+    """Bytes by part on one rank at the peak of a step, of models that have no weights yet;
+    forward_pairs(run, batch, sums) is the loop's."""
+    dtype = DTYPES[args.dtype]
+    with players_without_weights(args, config) as run:
+        run.autocast = autocast(device, dtype, torch.device("cpu"))
+        if attention.choose(args.attention, config, device, dtype) == "flex":
+            for layer in run.policy.model.base_model.layers:  # its kernel keeps no scores
+                layer.self_attn.attn_logit_softcapping = None
+        forward = partial(forward_pairs, run, sums=defaultdict(float))
+        return memory(run, forward, cut, shards)
 
 
 def memory(run, forward, cut: Survey, shards: int) -> dict[str, float]:

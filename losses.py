@@ -1,4 +1,4 @@
-"""The mathematics of GANPO: pure functions of tensors, nothing else.
+"""The mathematics of GANPO as pure functions of tensors, and the table of --loss.
 
 B pairs; every argument is a float tensor of shape (B,) unless it says otherwise, log-probabilities
 are natural logarithms, and each function works in the precision of its inputs. Equation numbers are
@@ -146,6 +146,20 @@ def _simpo(lp: LogProbs, args) -> Tensor:  # [choice 14]
 @opo_loss("sft", needs_ref=False)
 def _sft(lp: LogProbs, args) -> Tensor:
     return sft_loss(lp.logp_chosen / lp.length_chosen)
+
+
+def rewards(lp: LogProbs, args) -> tuple[Tensor, Tensor]:
+    """What --loss takes as rewards of chosen and rejected, (b,) each: Eq 3-4, or SimPO's mean
+    log-prob."""
+    if OPO_LOSSES[args.loss].needs_ref:
+        return implicit_rewards(*lp[:4], args.beta)
+    chosen, rejected = lp.logp_chosen / lp.length_chosen, lp.logp_rejected / lp.length_rejected
+    return args.beta * chosen, args.beta * rejected
+
+
+def needs_reference(args) -> bool:
+    """Of log-probabilities, or of latents."""
+    return OPO_LOSSES[args.loss].needs_ref or args.lambda_adv > 0
 
 
 # ---------------------------------------------------------------------- the adversarial game

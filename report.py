@@ -122,7 +122,7 @@ def print_header(run, tokenizer, data, held_out, cut, needs):
     }
     print0("parameters: " + ", ".join(f"{k} {n:,}" for k, n in numel.items()))
     print0(neutral_values(args))
-    if args.critic == "paired" and not args.preset.startswith("mini"):
+    if args.critic == "paired" and not args.model.startswith("out/mini/"):
         print0("--critic paired: its settings were found in the miniature, and nowhere else tried")
     t = data.triplets[0]  # what is scored stands between the marks
     for name, ids in (("chosen", t.chosen), ("rejected", t.rejected)):

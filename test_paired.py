@@ -202,8 +202,22 @@ def test_the_preset_and_what_the_paired_critic_does_not_go_with():
     assert vars(same) | {"preset": ""} == vars(paired) | {"preset": ""}
     gemma = train_ganpo.parse_args(["--preset=gemma-2-2b-it", "--critic=paired", "--lr=1e-6"])
     assert (gemma.disc_lr, gemma.lr, gemma.batch_size) == (3e-3, 1e-6, 128)
-    with pytest.raises(InputError, match="--critic paired has a critic of its own"):
-        train_ganpo.parse_args(["--critic=paired", "--disc=mse"])
+    steps = {kind: train_ganpo.parse_args(["--critic=paired", f"--critic_input={kind}"]).disc_steps
+             for kind in ("h", "diff")}  # fmt: skip
+    assert steps == {"h": 5, "diff": 1}
+
+
+@pytest.mark.parametrize("flag", [
+    "--disc=mse", "--disc_layers=3", "--disc_dropout=.1", "--disc_padding", "--mean=batch",
+    "--ema_decay=.5", "--adv_loss=nonsaturating",
+])  # fmt: skip
+def test_a_flag_that_the_game_has_no_use_for_is_refused(flag):
+    name = flag.split("=")[0]
+    with pytest.raises(InputError, match=f"--critic paired has no use for {name}"):
+        train_ganpo.parse_args(["--critic=paired", flag])
+    for other in ("--r1=1", "--disc_steps=2", "--critic_input=h"):
+        with pytest.raises(InputError, match=f"--critic paper has no use for {other[:4]}"):
+            train_ganpo.parse_args([flag, other])
 
 
 def test_padding_is_read_only_where_it_is_asked_for(tiny_world, tmp_path):

@@ -6,8 +6,9 @@ Algorithm 1.
     torchrun --nproc_per_node 2 train_ganpo.py --preset gemma-2-2b-it --checkpointing    # App. B
 
 Writes config.json, metrics.csv, eval.csv, final.csv, discriminators.pt, state/, hf/ to --out_dir.
-The flags are in parse_args, Algorithm 1 is train_step, the loop around it is train.
-Shapes: B pairs, N = 2B sequences, T tokens, H hidden; b pairs in one micro-batch or on one rank.
+The flags are in settings.py, Algorithm 1 is train_step, the loop around it is train.
+Shapes: B pairs, T tokens of a packed row, L of a sequence, H hidden; b pairs in one micro-batch or
+on one rank.
 """
 
 import json
@@ -16,16 +17,13 @@ import shlex
 import sys
 import time
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
 
 import attention
@@ -52,149 +50,30 @@ from data import (
     pack,
     plan_forwards,
 )
-from discriminator import build_discriminator
-from distributed import all_ranks, print0
-from flags import DTYPES, Parser, at_least_0, count, fraction, natural, number, positive, refuse
+from distributed import print0
+from flags import DTYPES, refuse
+from game import GAMES, autocast, build_critics, critic_settings, quad_scores
 from generate import quiet
 from losses import (
     LN2,
     OPO_LOSSES,
     LogProbs,
-    discriminator_loss,
-    generator_loss,
-    implicit_rewards,
     latent_mse,
-    paired_discriminator_loss,
-    paired_generator_loss,
+    needs_reference,
     relativistic_bce,
-    softplus,
-    token_mean,
+    rewards,
+)
+from metrics import (
+    add_alignment,
+    add_squares,
+    reduce_metrics,
+    refuse_what_is_not_finite,
+    sum_pairs,
 )
 from policy import at_least_fp32, load_lm, read_model_config, read_tokenizer
+from settings import parse_args
 
-# ---------------------------------------------------------------------- flags
-
-# fmt: off
-PAPER = dict(  # App. B and Fig 10 [choice 15]; beta of SimPO by its authors
-    lambda_adv=1.0, disc_lr_ratio=0.5, simpo_beta=10.0, disc_hidden=512, disc_dropout=0.1,
-    batch_size=128, max_length=2048, dtype="bfloat16", eval_split="test", eval_every=50,
-    save_every=50, final_eval=0,
-)
-PAIRED = dict(lambda_adv=10.0, disc_hidden=64, disc_lr=3e-3)  # found in the miniature
-PRESETS = {  # what --preset sets; every flag still overrides it
-    "mini": dict(
-        model="out/mini/seed{seed}/model", dataset="out/mini/seed{seed}/train.jsonl", lr=1e-4,
-        lambda_adv=0.1, disc_lr_ratio=10.0, simpo_beta=2.0, gamma_beta_ratio=0.5, disc_layers=2,
-        disc_hidden=32, disc_dropout=0.0, batch_size=32, max_length=256, dtype="float32",
-        eval_split="out/mini/seed{seed}/test.jsonl", eval_every=32, save_every=0,
-        final_eval=1000,
-    ),
-    "gemma-2-2b-it": PAPER | dict(
-        model="google/gemma-2-2b-it", dataset="trl-lib/ultrafeedback_binarized", lr=5e-7,
-        disc_layers=2, gamma_beta_ratio=0.5,  # [choice 9] [choice 16]
-    ),
-    "llama-3-8b-instruct": PAPER | dict(
-        model="meta-llama/Meta-Llama-3-8B-Instruct", lr=1e-6, disc_layers=4, gamma_beta_ratio=0.3,
-        dataset="princeton-nlp/llama3-ultrafeedback-armorm",
-    ),
-}
-PRESETS["mini-paired"] = PRESETS["mini"] | dict(critic="paired")
 FINAL_TEMPERATURES = 0.0, 0.7, 1.0
-# fmt: on
-
-
-def parse_args(argv):
-    # fmt: off
-    parser = Parser("train_ganpo.py", __doc__, "torchrun train_ganpo.py [--flag value ...]")
-    # in brackets the default and where it comes from; App. B, Fig 10, Eq, Alg. 1 are the paper's
-    add = parser.add_argument_group("what to train").add_argument
-    add("--preset", choices=PRESETS, default="mini", help="settings to start from [mini, ours]")
-    add("--model", help="the policy, a folder or a Hub id [preset]")
-    add("--ref_model", help="the frozen reference [the model, as in DPO]")
-    add("--dataset", help="Hub id, folder, or .jsonl/.json/.parquet, also .gz [preset]")
-    add("--split", default="train", help="[train]")
-    add("--eval_split", help="held-out split or a file of its own [preset; none for own data]")
-    add("--chat_template", help="a jinja file [the tokenizer's own]")
-    add("--max_length", type=number(int, 2), help="prompt + response tokens [2048, App. B]")
-    add = parser.add_argument_group("preference loss").add_argument
-    add("--loss", choices=OPO_LOSSES, default="dpo", help="[dpo, Eq 3-4]")
-    add("--beta", type=positive, help="[0.1, App. B; simpo 10, its authors, mini 2]")
-    add("--gamma_beta_ratio", type=at_least_0, help="SimPO gamma / beta [0.3 or 0.5, its authors]")
-    add = parser.add_argument_group("adversarial regulariser").add_argument
-    add("--lambda_adv", type=at_least_0, help="weight; 0: plain --loss [1, App. B; mini 0.1]")
-    add("--lambda_warmup", type=fraction, default=0.0, help="share of steps of its rise [0, ours]")
-    add("--adv_loss", choices=["minimax", "nonsaturating"], default="minimax", help="[Eq 18]")
-    add("--mean", choices=["ema", "batch"], default="ema", help="means of the scores [ema, Alg. 1]")
-    add("--ema_decay", type=number(float, 0, 0.999999), default=0.9, help="alpha [0.9, App. B]")
-    add("--disc", choices=["transformer", "mlp", "mse"], default="transformer", help="[Fig 10]")
-    add("--disc_layers", type=count, help="[2, for Llama 4, App. B]")
-    add("--disc_hidden", type=count, help="[512, Fig 10; mini 32, ours]")
-    add("--disc_dropout", type=number(float, 0, 0.99), help="[0.1, Fig 10; mini 0, ours]")
-    add("--disc_lr", type=at_least_0, help="[lr / 2, App. B; mini 10 lr, ours]")
-    add("--disc_padding", action="store_true", help="let it read padding, as the published code")
-    add("--disc_every", type=count, default=1, help="steps per discriminator update [1, Alg. 1]")
-    add = parser.add_argument_group("the paired critic, beyond the paper").add_argument
-    add("--critic", choices=["paper", "paired"], help="the game [paper, Eq 18-20]")
-    add("--critic_input", choices=["h", "diff"], default="diff", help="or h - h_ref [diff]")
-    add("--disc_steps", type=count, default=1, help="its updates per step of the policy [1]")
-    add("--r1", type=at_least_0, default=10.0, help="weight of its slopes' penalty [10]")
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=at_least_0, help="peak [5e-7 Gemma, 1e-6 Llama, App. B; mini 1e-4, ours]")
-    add("--warmup", type=fraction, default=0.1, help="share of steps, then cosine [0.1, App. B]")
-    add("--weight_decay", type=at_least_0, default=0.0, help="of the policy [0, ours]")
-    add("--grad_clip", type=positive, default=1.0, help="norm of the policy's gradient [1, ours]")
-    add("--batch_size", type=count, help="pairs per step over all ranks [128, App. B; mini 32]")
-    add("--micro_batch_size", type=count, default=8, help="pairs per forward and rank [8, ours]")
-    add("--micro_tokens", type=count, default=16384, help="their tokens at most [16384, ours]")
-    add("--epochs", type=count, default=1, help="[1, App. B]")
-    add("--max_steps", type=count, help="[all of the epochs']")
-    add("--stop_after", type=count, help="end after so many steps, schedule unchanged [never]")
-    add("--dtype", choices=DTYPES, help="of compute; weights stay float32 [bfloat16; mini float32]")
-    add("--checkpointing", action="store_true", help="recompute layers in backward [off, ours]")
-    kinds = ["auto", *attention.LAYOUTS]
-    add("--attention", choices=kinds, default="auto", help="[by device, precision and model]")
-    add = parser.add_argument_group("running").add_argument
-    add("--save_every", type=natural, help="steps between states, 0: at the end [50; mini 0]")
-    add("--keep", type=count, default=2, help="newest states that stay [2]")
-    add("--eval_every", type=natural, help="steps between held-out evaluations [50; mini 32]")
-    add("--final_eval", type=natural, help="prompts of mini's final table [mini 1000]")
-    add("--seed", type=natural, default=0, help="[0]")
-    add("--out_dir", help="[the next free out/run-NNN]")
-    add("--resume", action="store_true", help="continue from the newest state of --out_dir")
-    add("--timeout", type=positive, default=600, help="seconds to wait for another rank [600]")
-    # fmt: on
-    first = parser.parse_known_args(argv)[0]
-    preset, mini = (
-        {k: v.format(seed=first.seed) if isinstance(v, str) else v for k, v in PRESETS[p].items()}
-        for p in (first.preset, "mini")
-    )
-    preset["critic"] = first.critic or preset.get("critic", "paper")
-    if preset["critic"] == "paired":
-        preset |= PAIRED
-    derived = ("simpo_beta", "disc_lr_ratio", "eval_split", "eval_every", "final_eval")
-    parser.set_defaults(**{k: v for k, v in preset.items() if k not in derived})
-    args = parser.parse_args(argv)
-    args.ref_model = args.ref_model or args.model
-    if args.beta is None:
-        args.beta = preset["simpo_beta"] if args.loss == "simpo" else 0.1
-    if args.disc_lr is None:
-        args.disc_lr = preset["disc_lr_ratio"] * args.lr
-    if args.eval_split is None and args.dataset == preset["dataset"]:
-        args.eval_split = preset["eval_split"]
-    if args.eval_every is None:
-        args.eval_every = preset["eval_every"] if args.eval_split else 0
-    if args.final_eval is None:
-        args.final_eval = preset["final_eval"] if args.dataset == preset["dataset"] else 0
-    if args.eval_every and not args.eval_split:
-        raise InputError("--eval_every needs held-out pairs: pass --eval_split")
-    if args.final_eval and args.dataset != mini["dataset"]:
-        raise InputError("--final_eval is for the miniature's data only: it has an exact judge")
-    if args.critic == "paired" and args.disc == "mse":
-        raise InputError("--critic paired has a critic of its own: leave --disc mse out")
-    if args.resume and not args.out_dir:
-        raise InputError("--resume needs --out_dir")
-    return args
-
 
 # ---------------------------------------------------------------------- set-up
 
@@ -228,38 +107,11 @@ def check_input(args, world, device):
     return tokenizer, config, data, held_out
 
 
-def critic_settings(args, config):
-    """build_discriminator's arguments, also saved beside the weights."""
-    names = ("disc_hidden", "disc_layers", "disc_dropout")
-    sizes = {name.removeprefix("disc_"): getattr(args, name) for name in names}
-    common = {"max_length": args.max_length, "ema_decay": args.ema_decay}
-    own = {"kind": args.disc, "hidden_size": config.hidden_size}
-    if args.critic == "paired":
-        own |= {"kind": "paired", "differences": args.critic_input == "diff"}
-    return own | sizes | common
-
-
-def build_critics(args, config):
-    """Both discriminators, or None where the settings need none."""
-    if args.lambda_adv == 0 or args.disc == "mse":
-        return None
-    # replicated, being small: built alike on every rank from one CPU seed; forking the generator
-    # leaves what follows as it is at lambda 0
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(args.seed)
-        settings = critic_settings(args, config)
-        return torch.nn.ModuleDict(
-            {name: build_discriminator(**settings) for name in ("disc_pos", "disc_neg")}
-        )
-
-
-def needs_reference(args):
-    return OPO_LOSSES[args.loss].needs_ref or args.lambda_adv > 0
-
-
 def build(args, config, device):
-    """Models, critics and optimisers, only those that the settings need -> `run`, as the rest takes
-    it."""
+    """Models, critics and optimisers, only those that the settings need -> `run`, which the rest
+    takes: args, device, rank, world; policy and ref (policy.PackedLM, sharded; ref may be None),
+    critics (ModuleDict of disc_pos and disc_neg, or None), their optimizer and critic_optimizer,
+    autocast() for the critics. train adds players, signals, steps_per_epoch and max_steps."""
     dtype, run = DTYPES[args.dtype], SimpleNamespace(args=args, device=device)
     run.rank, run.world = dist.get_rank(), dist.get_world_size()
     mesh = distributed.make_mesh(device)
@@ -288,37 +140,6 @@ def build(args, config, device):
         )
     run.autocast = autocast(device, dtype, device)
     return run
-
-
-def autocast(device, dtype, tensors):
-    """Of the critics' products on a device, here of tensors that may lie on another [choice 10]."""
-    bf16 = device.type == "cuda" and dtype == torch.bfloat16
-    return partial(torch.autocast, tensors.type, torch.bfloat16, enabled=bf16)
-
-
-@contextmanager
-def players_without_weights(args, config):
-    """The `run` that forward_pairs takes, of tensors that have shapes only."""
-    dtype, run = DTYPES[args.dtype], SimpleNamespace(args=args, ref=None)
-    run.critics = build_critics(args, config)  # real, being small
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        load = partial(load_lm, dtype=dtype, shell="cpu")
-        run.policy = load(args.model, checkpointing=args.checkpointing)
-        if needs_reference(args):
-            run.ref = load(args.ref_model).requires_grad_(False)
-        yield run
-
-
-def needed_memory(args, config, cut, device, shards) -> dict[str, float]:
-    """Bytes by part at the peak of a step, of models that have no weights yet."""
-    dtype = DTYPES[args.dtype]
-    with players_without_weights(args, config) as run:
-        run.autocast = autocast(device, dtype, torch.device("cpu"))
-        if attention.choose(args.attention, config, device, dtype) == "flex":
-            for layer in run.policy.model.base_model.layers:  # its kernel keeps no scores
-                layer.self_attn.attn_logit_softcapping = None
-        forward = partial(forward_pairs, run, sums=defaultdict(float))
-        return estimate.memory(run, forward, cut, shards)
 
 
 def rise(step, steps):
@@ -350,157 +171,19 @@ def two_models(run, batch, head_probe=None):
     return LogProbs(*out.logp.chunk(2), *ref_logp, *batch.lengths.chunk(2)), out.h[0], h_ref
 
 
-def rewards(lp, args):
-    """What --loss takes as rewards of chosen and rejected, (b,) each: Eq 3-4, or SimPO's mean
-    log-prob."""
-    if OPO_LOSSES[args.loss].needs_ref:
-        return implicit_rewards(*lp[:4], args.beta)
-    chosen, rejected = lp.logp_chosen / lp.length_chosen, lp.logp_rejected / lp.length_rejected
-    return args.beta * chosen, args.beta * rejected
-
-
-def own_scores(run, h, mask):
-    """Latents (2b, L, H), chosen first -> (2, b): disc_pos on chosen, disc_neg on rejected. With
-    --checkpointing they too keep their inputs only."""
-    pos, neg = mask.chunk(2)
-    quads = ("disc_pos", h[: len(pos)], pos), ("disc_neg", h[len(pos) :], neg)
-    with run.autocast():
-        if run.args.checkpointing and torch.is_grad_enabled():
-            scores = [checkpoint(run.critics[k], *x, use_reentrant=False) for k, *x in quads]
-        else:
-            scores = [run.critics[k](*x) for k, *x in quads]
-    return torch.stack(scores)
-
-
-def quad_scores(run, h_ref, h_theta, mask):
-    """Line 12: latents (2b, L, H), chosen first -> (2, 3, b), per critic s_ref, s_theta,
-    s_other."""
-    b = len(mask) // 2
-    h_other, other_mask = h_ref.roll(b, 0), mask.roll(b, 0)  # of the opposite sign
-    # three forwards of one shape: equal latents get equal scores to the last bit
-    quad = (h_ref, mask), (h_theta, mask), (h_other, other_mask)
-    return torch.stack([own_scores(run, h, m) for h, m in quad], dim=1)
-
-
-def update_critics(run, kept, sums, step):
-    """Lines 13-19: means, losses and one update of both discriminators, on the global scores (2, 3,
-    B), of which this rank's part carries its graph -> metrics."""
-    scores = all_ranks(torch.cat([out.scores for _, out in kept], dim=-1))
-    losses, metrics = 0, {"d_ra": 4 * LN2}  # the constant that Eq 13 lacks [choice 13]
-    for (name, critic), s in zip(run.critics.items(), scores, strict=True):
-        sign = name.removeprefix("disc_")
-        critic.update_means(*s.detach())
-        mu = critic.means() if run.args.mean == "ema" else s.mean(-1)  # these carry gradient
-        loss = discriminator_loss(*s, *mu)
-        losses = losses + loss
-        s_ref, s_theta, _ = s.detach()
-        metrics[f"loss_disc_{sign}"] = loss.detach()
-        metrics[f"disc_acc_{sign}"] = ((s_ref - s_theta).sign() + 1).mean() / 2  # ties count 1/2
-        metrics[f"score_gap_{sign}"] = (s_ref - s_theta).mean()
-        metrics["d_ra"] = metrics["d_ra"] - relativistic_bce(s_ref, s_theta, *mu.detach()[:2])
-    if step % run.args.disc_every == 0:  # [choice 4]
-        run.critic_optimizer.zero_grad()
-        losses.backward()  # the global loss, with gradient to this rank's own scores: hence a sum
-        metrics["disc_grad_norm"] = distributed.sum_gradients(run.critics.parameters())
-        run.critic_optimizer.step()
-        for critic in run.critics.values():
-            critic.power_iterate()  # [choice 11]
-    return metrics
-
-
-def adversarial_gradient(run, s_theta, s_ref):
-    """Line 22, Eq 18: L_adv of the updated discriminators' scores, this rank's (2, b); s_ref only
-    for --mean batch -> L_adv on the global batch, and its gradient with respect to this rank's
-    s_theta."""
-    s_theta = all_ranks(s_theta.detach()).requires_grad_()
-    s_ref = all_ranks(s_ref) if s_ref is not None else None
-    loss = 0
-    for j, critic in enumerate(run.critics.values()):
-        if s_ref is None:
-            mu_ref, both = critic.means()[0], ()
-        else:
-            mu_ref, both = s_ref[j].mean(), (s_ref[j], s_theta[j].mean())
-        loss = loss + generator_loss(s_theta[j], mu_ref, run.args.adv_loss, *both)
-    (grad,) = torch.autograd.grad(loss, s_theta)
-    return loss.detach(), grad.chunk(run.world, dim=-1)[run.rank]
-
-
-def adversarial_terms(run, kept, sums, metrics):
-    """Per micro-batch a scalar whose gradient is L_adv's, by the chain rule: dL_adv/ds times s."""
-    s_theta, s_ref = [own_scores(run, out.h, out.mask) for _, out in kept], None
-    if run.args.mean == "batch":
-        s_ref = torch.cat([own_scores(run, out.h_ref, out.mask) for _, out in kept], dim=-1)
-    metrics["loss_adv"], grad = adversarial_gradient(run, torch.cat(s_theta, dim=-1), s_ref)
-    for g in grad.split([s.shape[-1] for s in s_theta], dim=-1):
-        yield (g * s_theta.pop(0)).sum()
-
-
-# ---------------------------------------------------------------------- the paired game
-
-
-def by_critic(run, out):
-    """For each critic its sign and it, then latents (b, L, H) of the policy and the reference with
-    their mask, and the reference's of the opposite sign with theirs; in fp32 at least."""
-    h, h_ref = (at_least_fp32(x).chunk(2) for x in (out.h, out.h_ref))
-    mask = out.mask.chunk(2)
-    for i, (name, critic) in enumerate(run.critics.items()):
-        sign, o = name.removeprefix("disc_"), 1 - i
-        yield sign, critic, h[i], h_ref[i], mask[i], h_ref[o], mask[o]
-
-
-def paired_update(run, kept, sums, step):
-    """--disc_steps updates of both critics on the step's detached latents -> metrics. Their losses
-    are means over pairs, so gradients of micro-batches and ranks add up."""
-    args, metrics = run.args, {}
-    for inner in range(args.disc_steps if step % args.disc_every == 0 else 1):
-        run.critic_optimizer.zero_grad()
-        for _, out in kept:
-            for sign, critic, theta, ref, mask, other, other_mask in by_critic(run, out):
-                ends = [x.detach().requires_grad_() for x in critic.inputs(theta, ref)]
-                scores = [critic.tokens(x) for x in ends]
-                grads = torch.autograd.grad(sum(s.sum() for s in scores), ends, create_graph=True)
-                slopes = sum(g.square().sum(-1) for g in grads)
-                u = scores[1] - scores[0]
-                loss = paired_discriminator_loss(u, slopes, mask, args.r1)
-                if not critic.differences:  # a critic of texts: the reference's own two
-                    loss = loss + softplus(critic(other, other_mask) - critic(ref, mask))
-                (loss.sum() / args.batch_size).backward()
-                if inner == 0:
-                    sums[f"loss_disc_{sign}"] += loss.detach().sum()
-                    won = token_mean((u.detach().sign() + 1) / 2, mask)  # ties count 1/2
-                    sums[f"disc_acc_{sign}"] += won.sum()
-                    sums[f"score_gap_{sign}"] += token_mean(u.detach(), mask).sum()
-        if step % args.disc_every == 0:  # [choice 4]
-            norm = distributed.sum_gradients(run.critics.parameters())
-            metrics.setdefault("disc_grad_norm", norm)
-            run.critic_optimizer.step()
-    return metrics
-
-
-def paired_terms(run, kept, sums, metrics):
-    """Per micro-batch half the sum of both critics' losses for the policy, as a mean over pairs."""
-    while kept:  # the caller takes them one by one
-        out, losses = kept[0][1], 0
-        for _, critic, theta, ref, mask, *_ in by_critic(run, out):
-            x_theta, x_ref = critic.inputs(theta, ref)
-            u = critic.tokens(x_ref) - critic.tokens(x_theta)
-            losses = losses + paired_generator_loss(u, mask) / 2
-        sums["loss_adv"] += losses.detach().sum()
-        yield losses.sum() / run.args.batch_size
-
-
 def forward_pairs(run, batch, sums):
     """Lines 7-12 on one micro-batch -> what the step needs of it, with graphs: losses (b,); latents
     h and h_ref (2b, L, H) with their mask, or mse (b,) for --disc mse; scores of detached latents
-    (2, 3, b). Adds to the sums over pairs that become metrics."""
-    args, adversarial = run.args, run.args.lambda_adv > 0
-    out = SimpleNamespace(scores=None)
+    (2, 3, b); and watched, without graphs, what should be finite of each pair. Adds to the sums
+    over pairs that become metrics."""
+    args, adversarial, out = run.args, run.args.lambda_adv > 0, SimpleNamespace()
     probe = add_squares(sums, "opo_grad") if adversarial else None
     lp, h, h_ref = two_models(run, batch, probe)
     out.losses = OPO_LOSSES[args.loss](lp, args)
+    out.watched = [out.losses.detach()]
     sum_pairs(sums, lp, out.losses, batch, args)
     if adversarial:
-        out.way = h_ref - h.detach()
+        out.way = h_ref - h.detach()  # kept by a hook: in `out` the memory's estimate sees it
         h.register_hook(add_squares(sums, "adv_grad"))
         h.register_hook(add_alignment(sums, out.way))
     if run.ref:
@@ -513,6 +196,7 @@ def forward_pairs(run, batch, sums):
             out.mask = torch.ones_like(batch.mask)
         if args.critic == "paper":
             out.scores = quad_scores(run, h_ref, out.h.detach(), out.mask)
+            out.watched.append(out.scores.detach())
         out.h_ref = h_ref if args.critic == "paired" or args.mean == "batch" else None
     return out
 
@@ -521,7 +205,8 @@ def train_step(run, batches, step):
     """One step of Algorithm 1 on this rank's micro-batches -> metrics of the global batch, floats.
 
     What depends on the whole batch (means, both adversarial losses) is computed from the scores of
-    all ranks and micro-batches, so the result does not depend on how the batch is cut [choice 5].
+    all ranks and micro-batches, and what does not is a mean over pairs, so the result does not
+    depend on how the batch is cut [choice 5].
     With critics the graphs of all micro-batches are kept until the discriminators have moved;
     otherwise each micro-batch goes backward at once.
     """
@@ -531,7 +216,7 @@ def train_step(run, batches, step):
     set_lr(run.optimizer, args.lr * factor)
     share = run.world / args.batch_size  # FSDP2 averages over ranks; the loss is a mean over pairs
     sums, kept = defaultdict(float), []  # over this rank's pairs; what waits for the discriminators
-    per_pair = []  # (rows, values of each), to name the pairs if something is not finite
+    watched = []  # to name the pairs if something is not finite
     if run.critics:
         set_lr(run.critic_optimizer, args.disc_lr * factor)
         run.critics.requires_grad_(True).train()
@@ -539,39 +224,28 @@ def train_step(run, batches, step):
     # lines 5-12: the batch, features of policy and reference, their scores
     for batch in batches:
         out = forward_pairs(run, batch, sums)
-        per_pair += [
-            (batch.rows, x.detach()) for x in (out.losses[None], out.scores) if x is not None
-        ]
-        loss = out.losses.sum() * share
+        out.loss = out.losses.sum() * share
+        watched.append((batch.rows, out.watched))
         if run.critics:
-            kept.append((loss, out))
+            kept.append(out)
+        elif adversarial:
+            (out.loss + lambda_adv * share * out.mse.sum()).backward()
         else:
-            (loss + lambda_adv * share * out.mse.sum() if adversarial else loss).backward()
+            out.loss.backward()
 
     metrics = {}
     if run.critics:
-        game = {
-            "paper": (update_critics, adversarial_terms),
-            "paired": (paired_update, paired_terms),
-        }
-        update, terms = game[args.critic]
+        game = GAMES[args.critic]
         # lines 13-19: the discriminators
-        metrics |= update(run, kept, sums, step)
+        metrics |= game.update(run, kept, sums, step)
         # lines 20-24: the policy, through the updated and now frozen discriminators [choice 6]
         run.critics.requires_grad_(False).eval()
-        for term in terms(run, kept, sums, metrics):
-            loss, _ = kept.pop(0)
+        for loss, term in game.terms(run, kept, sums, metrics):
             (loss + lambda_adv * run.world * term).backward()
     norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), args.grad_clip)
     metrics["grad_norm"] = norm.full_tensor()
     metrics = reduce_metrics(sums, metrics, args)
-    for name, value in metrics.items():  # the same on every rank, and before the policy moves
-        if not math.isfinite(value):
-            rows = offenders(per_pair)
-            raise FloatingPointError(
-                f"step {step + 1}: {name} is {value}; the step was not taken; rows of the data"
-                f" (from 0): {', '.join(map(str, rows))}"
-            )
+    refuse_what_is_not_finite(metrics, watched, step)  # before the policy moves
     run.optimizer.step()
     run.optimizer.zero_grad()
     metrics["lr"] = args.lr * factor
@@ -580,76 +254,9 @@ def train_step(run, batches, step):
     return metrics
 
 
-def offenders(per_pair) -> list[int]:
-    """The rows, on all ranks, of which some value is not finite; all of the step's if it was only a
-    gradient."""
-    mine = [
-        (row, finite)
-        for rows, values in per_pair
-        for row, finite in zip(rows, values.isfinite().flatten(0, -2).all(0).tolist(), strict=True)
-    ]
-    shares = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, mine)
-    found = [pair for share in shares for pair in share]
-    return sorted({row for row, finite in found if not finite} or {row for row, _ in found})
-
-
 def set_lr(optimizer, lr):
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-def add_alignment(sums, towards):
-    """A gradient hook: the cosine, token by token, of the push -gradient with `towards` (T, H), the
-    way to the reference."""
-
-    def hook(grad):
-        cosines = F.cosine_similarity(-at_least_fp32(grad), at_least_fp32(towards), dim=-1)
-        sums["adv_align"] += cosines.sum()
-        sums["adv_tokens"] += cosines.numel()
-
-    return hook
-
-
-def add_squares(sums, name):
-    """A gradient hook that adds |gradient|^2 to sums[name]."""
-
-    def hook(grad):
-        sums[name] += at_least_fp32(grad).square().sum()
-
-    return hook
-
-
-@torch.no_grad()
-def sum_pairs(sums, lp, losses, batch, args):
-    """Adds a micro-batch to the sums over pairs that become metrics."""
-    chosen, rejected = rewards(lp, args)
-    sums["loss_opo"] += losses.sum()
-    sums["reward_chosen"] += chosen.sum()
-    sums["reward_rejected"] += rejected.sum()
-    sums["pref_acc"] += ((chosen - rejected).sign() + 1).sum() / 2  # ties count 1/2
-    sums["tokens"] += batch.real_tokens
-
-
-def reduce_metrics(sums, metrics, args):
-    """One all-reduce of the sums over pairs, one transfer to the host -> floats."""
-    device = metrics["grad_norm"].device
-    total = torch.stack(
-        [torch.as_tensor(v, dtype=torch.float64, device=device) for v in sums.values()]
-    )
-    dist.all_reduce(total)
-    values = torch.cat([total, torch.stack([v.double() for v in metrics.values()])]).tolist()
-    m = dict(zip([*sums, *metrics], values, strict=True))
-    for name in {*sums} - {"tokens", "adv_grad", "opo_grad", "adv_align", "adv_tokens"}:
-        m[name] /= args.batch_size
-    m["margin"] = m["reward_chosen"] - m["reward_rejected"]
-    if args.lambda_adv > 0:
-        adv, opo = m.pop("adv_grad"), m.pop("opo_grad")
-        m["adv_align"] /= m.pop("adv_tokens")
-        if opo:
-            m["adv_to_opo_grad"] = math.sqrt(adv / opo)
-        m.setdefault("loss_adv", m["latent_mse"])  # --disc mse
-    return m
 
 
 @torch.no_grad()
@@ -667,12 +274,13 @@ def check_start(run, batch):
         off["loss"] = (OPO_LOSSES[args.loss](lp, args) / known - 1).abs().max()
     if run.critics and args.critic == "paper":
         run.critics.eval()
-        for s in quad_scores(run, h_ref[batch.gather], h[batch.gather], batch.mask):
-            s_ref, s_theta, _ = s
+        scores = quad_scores(run, h_ref[batch.gather], h[batch.gather], batch.mask)
+        for name, (s_ref, s_theta, _) in zip(run.critics, scores, strict=True):
+            off[f"scores of {name}"] = (s_ref - s_theta).abs().max()
+            # of equal scores Eq 14-15 is between 2 ln 2 and 2 ln 2 + Var(s) / 4
             excess = relativistic_bce(s_ref, s_theta, s_ref.mean(), s_theta.mean()) - 2 * LN2
-            beyond = torch.maximum(-excess, excess - s_ref.var(correction=0) / 4)  # of [0, Var / 4]
-            off[f"scores {len(off)}"] = (s_ref - s_theta).abs().max()
-            off[f"relativistic loss {len(off)}"] = beyond
+            beyond = torch.maximum(-excess, excess - s_ref.var(correction=0) / 4)
+            off[f"relativistic loss of {name}"] = beyond
     worst = torch.stack([w.double() for w in off.values()])
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     tolerance = 2e-3 if args.dtype == "bfloat16" else 1e-6
@@ -766,15 +374,16 @@ def begin(run, out_dir, data) -> int:
     return start
 
 
-def train(args, argv, stack):
-    device = distributed.start(args.timeout)
+def train(args, argv, stack, device) -> bool:
+    """The loop -> whether a signal has asked for an end."""
     world = miniature.ROOT / f"seed{args.seed}"
     if world in (Path(args.model).parent, Path(args.dataset).parent):  # built at first use
         distributed.from_rank_0(lambda: miniature.build(args.seed, log=print0), "miniature:")
     tokenizer, config, data, held_out = check_input(args, dist.get_world_size(), device)
     epoch = (pairs_of(data, step, args) for step in range(len(data.triplets) // args.batch_size))
     cut = estimate.survey(epoch, args, dist.get_world_size())
-    needs = needed_memory(args, config, cut, device, distributed.sharing_ranks())
+    shards = distributed.sharing_ranks()
+    needs = estimate.needed_memory(forward_pairs, args, config, cut, device, shards)
     estimate.refuse_what_cannot_fit(needs, device)
     out_dir = claim_out_dir(args, stack)
     args.out_dir = str(out_dir)
@@ -793,7 +402,7 @@ def train(args, argv, stack):
     check_space(out_dir, room_needed(run, out_dir))
     if not distributed.from_rank_0(lambda: open_run(out_dir, run_config, start, last), "--out_dir"):
         print0(f"{out_dir} has finished its {start} steps: nothing to do")
-        return distributed.stop()
+        return False
     metrics_csv = report.Table(out_dir / "metrics.csv", report.COLUMNS, start)
     eval_csv = report.Table(out_dir / "eval.csv", report.EVAL_COLUMNS, start)
 
@@ -825,7 +434,7 @@ def train(args, argv, stack):
             save_state(out_dir, done, args.keep, *run.players)
         if stopping and done < last:
             print0(f"stopped after step {done}; resume with: {resume_command(argv, out_dir)}")
-            return distributed.stop()
+            return True
     print0(f"trained {last - start} steps in {time.perf_counter() - clock:.0f} s")
     if run.critics:
         path = out_dir / "discriminators.pt"
@@ -834,7 +443,7 @@ def train(args, argv, stack):
     if args.final_eval:
         final_table(run, out_dir)
     print0(f"wrote {out_dir}")
-    distributed.stop()
+    return run.signals.anywhere(device)
 
 
 def resume_command(argv, out_dir) -> str:
@@ -848,8 +457,9 @@ def main(argv=None):
     quiet()
     argv = sys.argv[1:] if argv is None else argv
     try:
+        args = parse_args(argv)
         with ExitStack() as stack:
-            train(parse_args(argv), argv, stack)
+            train(args, argv, stack, stack.enter_context(distributed.session(args.timeout)))
     except (InputError, FloatingPointError, OSError) as error:
         refuse("train_ganpo.py", error)
 

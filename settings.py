@@ -1,0 +1,145 @@
+"""train_ganpo.py's flags, presets, and what follows from them before anything is loaded.
+
+A flag's help names its default and where that comes from: the paper's App. B, Fig 10, Eq or Alg. 1,
+the authors of SimPO, or us.
+"""
+
+from attention import LAYOUTS
+from data import InputError
+from discriminator import DISCRIMINATORS
+from flags import DTYPES, Parser, at_least_0, count, fraction, natural, number, positive
+from losses import OPO_LOSSES
+
+# fmt: off
+PAPER = dict(  # App. B and Fig 10 [choice 15]; beta of SimPO by its authors
+    lambda_adv=1.0, disc_lr_ratio=0.5, simpo_beta=10.0, disc_hidden=512, disc_dropout=0.1,
+    batch_size=128, max_length=2048, dtype="bfloat16", eval_split="test", eval_every=50,
+    save_every=50, final_eval=0,
+)
+PAIRED = dict(lambda_adv=10.0, disc_hidden=64, disc_lr=3e-3)  # found in the miniature
+PRESETS = {  # what --preset sets; every flag still overrides it
+    "mini": dict(
+        model="out/mini/seed{seed}/model", dataset="out/mini/seed{seed}/train.jsonl", lr=1e-4,
+        lambda_adv=0.1, disc_lr_ratio=10.0, simpo_beta=2.0, gamma_beta_ratio=0.5, disc_layers=2,
+        disc_hidden=32, disc_dropout=0.0, batch_size=32, max_length=256, dtype="float32",
+        eval_split="out/mini/seed{seed}/test.jsonl", eval_every=32, save_every=0,
+        final_eval=1000,
+    ),
+    "gemma-2-2b-it": PAPER | dict(
+        model="google/gemma-2-2b-it", dataset="trl-lib/ultrafeedback_binarized", lr=5e-7,
+        disc_layers=2, gamma_beta_ratio=0.5,  # [choice 9] [choice 16]
+    ),
+    "llama-3-8b-instruct": PAPER | dict(
+        model="meta-llama/Meta-Llama-3-8B-Instruct", lr=1e-6, disc_layers=4, gamma_beta_ratio=0.3,
+        dataset="princeton-nlp/llama3-ultrafeedback-armorm",
+    ),
+}
+PRESETS["mini-paired"] = PRESETS["mini"] | dict(critic="paired")
+
+
+def flags():
+    about = "GANPO: preference optimisation with a latent adversarial regulariser"
+    parser = Parser("train_ganpo.py", about, "torchrun train_ganpo.py [--flag value ...]")
+    add = parser.add_argument_group("what to train").add_argument
+    add("--preset", choices=PRESETS, default="mini", help="settings to start from [mini, ours]")
+    add("--model", help="the policy, a folder or a Hub id [preset]")
+    add("--ref_model", help="the frozen reference [the model, as in DPO]")
+    add("--dataset", help="Hub id, folder, or .jsonl/.json/.parquet, also .gz [preset]")
+    add("--split", default="train", help="[train]")
+    add("--eval_split", help="held-out split or a file of its own [preset; none for own data]")
+    add("--chat_template", help="a jinja file [the tokenizer's own]")
+    add("--max_length", type=number(int, 2), help="of prompt + response [2048, App. B; mini 256]")
+    add = parser.add_argument_group("preference loss").add_argument
+    add("--loss", choices=OPO_LOSSES, default="dpo", help="[dpo, Eq 3-4]")
+    add("--beta", type=positive, help="[0.1, App. B; simpo 10, its authors, mini 2]")
+    add("--gamma_beta_ratio", type=at_least_0, help="SimPO gamma / beta [0.3 or 0.5, its authors]")
+    add = parser.add_argument_group("adversarial regulariser").add_argument
+    critics = [name for name in DISCRIMINATORS if name != "paired"] + ["mse"]
+    add("--lambda_adv", type=at_least_0, help="0: plain --loss [1, App. B; mini 0.1; paired 10]")
+    add("--lambda_warmup", type=fraction, default=0.0, help="share of steps to rise in [0, ours]")
+    add("--adv_loss", choices=["minimax", "nonsaturating"], default="minimax", help="[Eq 18]")
+    add("--mean", choices=["ema", "batch"], default="ema", help="means of the scores [ema, Alg. 1]")
+    add("--ema_decay", type=number(float, 0, 0.999999), default=0.9, help="alpha [0.9, App. B]")
+    add("--disc", choices=critics, default="transformer", help="[Fig 10]")
+    add("--disc_layers", type=count, help="[2, llama preset 4, App. B]")
+    add("--disc_hidden", type=count, help="[512, Fig 10; mini 32, paired 64, ours]")
+    add("--disc_dropout", type=number(float, 0, 0.99), help="[0.1, Fig 10; mini 0, ours]")
+    add("--disc_lr", type=at_least_0, help="[lr / 2, App. B; mini 10 lr, paired 3e-3, ours]")
+    add("--disc_padding", action="store_true", help="let it pool padding, as the published code")
+    add("--disc_every", type=count, default=1, help="steps per discriminator update [1, Alg. 1]")
+    add = parser.add_argument_group("the paired critic, beyond the paper").add_argument
+    add("--critic", choices=["paper", "paired"], help="the game [paper, Eq 18-20]")
+    add("--critic_input", choices=["h", "diff"], default="diff", help="or h - h_ref [diff, ours]")
+    add("--disc_steps", type=count, help="updates per step of the policy [1, for h 5, ours]")
+    add("--r1", type=at_least_0, default=10.0, help="weight of its slopes' penalty [10, ours]")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--lr", type=at_least_0, help="peak [5e-7 Gemma, 1e-6 Llama, App. B; mini 1e-4, ours]")
+    add("--warmup", type=fraction, default=0.1, help="share of steps, then cosine [0.1, App. B]")
+    add("--weight_decay", type=at_least_0, default=0.0, help="of the policy [0, ours]")
+    add("--grad_clip", type=positive, default=1.0, help="norm of the policy's gradient [1, ours]")
+    add("--batch_size", type=count, help="pairs per step over all ranks [128, App. B; mini 32]")
+    add("--micro_batch_size", type=count, default=8, help="pairs per forward and rank [8, ours]")
+    add("--micro_tokens", type=count, default=16384, help="their tokens at most [16384, ours]")
+    add("--epochs", type=count, default=1, help="[1, App. B]")
+    add("--max_steps", type=count, help="[all of the epochs']")
+    add("--stop_after", type=count, help="end after so many steps, schedule unchanged [never]")
+    add("--dtype", choices=DTYPES, help="of compute; weights stay float32 [bfloat16; mini float32]")
+    add("--checkpointing", action="store_true", help="recompute layers in backward [off, ours]")
+    kinds = ["auto", *LAYOUTS]
+    add("--attention", choices=kinds, default="auto", help="[by device, precision and model]")
+    add = parser.add_argument_group("running").add_argument
+    add("--save_every", type=natural, help="steps between states, 0: at the end [50; mini 0]")
+    add("--keep", type=count, default=2, help="newest states that stay [2]")
+    add("--eval_every", type=natural, help="steps between held-out evaluations [50; mini 32]")
+    add("--final_eval", type=natural, help="prompts of mini's final table [mini 1000]")
+    add("--seed", type=natural, default=0, help="[0]")
+    add("--out_dir", help="[the next free out/run-NNN]")
+    add("--resume", action="store_true", help="continue from the newest state of --out_dir")
+    add("--timeout", type=positive, default=600, help="seconds to wait for another rank [600]")
+    return parser
+# fmt: on
+
+NO_USE = {  # what the other game's critics have, and this one's do not
+    "paper": "critic_input disc_steps r1".split(),
+    "paired": "disc disc_layers disc_dropout disc_padding mean ema_decay adv_loss".split(),
+}
+
+
+def parse_args(argv):
+    """-> all settings; what neither flag nor preset says follows from others. InputError for what
+    contradicts itself."""
+    parser = flags()
+    first = parser.parse_known_args(argv)[0]
+    preset, mini = (
+        {k: v.format(seed=first.seed) if isinstance(v, str) else v for k, v in PRESETS[p].items()}
+        for p in (first.preset, "mini")
+    )
+    preset["critic"] = first.critic or preset.get("critic", "paper")
+    if preset["critic"] == "paired":
+        preset |= PAIRED
+    derived = ("simpo_beta", "disc_lr_ratio", "eval_split", "eval_every", "final_eval")
+    parser.set_defaults(**{k: v for k, v in preset.items() if k not in derived})
+    args = parser.parse_args(argv)
+    for name in NO_USE[args.critic]:
+        if any(word.split("=")[0] == f"--{name}" for word in argv):
+            raise InputError(f"--critic {args.critic} has no use for --{name}")
+    if args.disc_steps is None:
+        args.disc_steps = 5 if args.critic == "paired" and args.critic_input == "h" else 1
+    args.ref_model = args.ref_model or args.model
+    if args.beta is None:
+        args.beta = preset["simpo_beta"] if args.loss == "simpo" else 0.1
+    if args.disc_lr is None:
+        args.disc_lr = preset["disc_lr_ratio"] * args.lr
+    if args.eval_split is None and args.dataset == preset["dataset"]:
+        args.eval_split = preset["eval_split"]
+    if args.eval_every is None:
+        args.eval_every = preset["eval_every"] if args.eval_split else 0
+    if args.final_eval is None:
+        args.final_eval = preset["final_eval"] if args.dataset == preset["dataset"] else 0
+    if args.eval_every and not args.eval_split:
+        raise InputError("--eval_every needs held-out pairs: pass --eval_split")
+    if args.final_eval and args.dataset != mini["dataset"]:
+        raise InputError("--final_eval is for the miniature's data only: it has an exact judge")
+    if args.resume and not args.out_dir:
+        raise InputError("--resume needs --out_dir")
+    return args
