@@ -29,7 +29,7 @@ from torch.distributed.fsdp import FSDPModule
 from data import InputError
 from discriminator import build_discriminator
 from distributed import from_rank_0, print0
-from report import read_config
+from report import check_same, read_config
 
 MANIFEST = "manifest.json"
 FILE_BYTES = 2**32  # of a state's files, over all ranks: a writer holds one file in memory
@@ -61,6 +61,18 @@ def claim_out_dir(args, stack) -> Path:
         return folder
 
     return from_rank_0(decide, "--out_dir")
+
+
+def claim_with_config(args, stack, fingerprint, **more) -> Path:
+    """claim_out_dir, and in it config.json: args, the data's fingerprint and more, written, or with
+    --resume compared."""
+    folder = claim_out_dir(args, stack)
+    config = json.loads(json.dumps(vars(args) | more | {"data_fingerprint": fingerprint}))
+    if args.resume:
+        check_same(read_config(folder), config)
+    text = json.dumps(config, indent=1) + "\n"
+    from_rank_0(lambda: write_synced(folder / "config.json", text), "--out_dir")
+    return folder
 
 
 def open_run(out_dir, config, start, last) -> bool:

@@ -4,9 +4,11 @@ The same path for `python train_ganpo.py` and `torchrun`, one process and many, 
 of one is a world.
 """
 
+import gc
 import math
 import os
 import signal
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -42,6 +44,20 @@ def start(timeout: float) -> torch.device:
     limit = timedelta(seconds=timeout)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit, **alone)
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+@contextmanager
+def session(timeout: float):
+    """The process group for one run -> device. An error leaves it to flags.refuse."""
+    yield start(timeout)
+    stop()
+
+
+def free_memory():
+    """Of models that nobody holds any more: FSDP2's refer to themselves."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class StopSignals:
@@ -84,7 +100,8 @@ def from_rank_0(function, blame: str):
         except (InputError, OSError) as error:
             refusal = f"{blame} {error}"
     both = [result, refusal]
-    dist.broadcast_object_list(both)
+    if dist.get_world_size() > 1:  # see share_out
+        dist.broadcast_object_list(both)
     if both[1]:
         raise InputError(both[1])
     return both[0]
@@ -94,6 +111,8 @@ def share_out(items: list, function) -> list:
     """function(part of items) -> a list as long. Each rank does its part -> all of it, in the order
     of items, on every rank."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
+    if ranks == 1:  # a large object makes gloo's thread start workers of its own: with more threads
+        return function(items)  # than cores OpenMP's sleep between tasks, and all is twice as slow
     parts = [None] * ranks
     dist.all_gather_object(parts, function(items[rank::ranks]))
     return [parts[i % ranks][i // ranks] for i in range(len(items))]

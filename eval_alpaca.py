@@ -38,7 +38,7 @@ import miniature
 from checkpoint import load_discriminators, sha256, write_synced
 from data import ChatEncoder, InputError, check_model_name, first_line, read_rows
 from distributed import print0, share_out
-from flags import DTYPES, Parser, at_least_0, count, natural, positive, refuse
+from flags import DTYPES, Parser, at_least_0, count, fraction, natural, positive, refuse
 from generate import generate, quiet
 from policy import read_tokenizer
 from reward_model import RewardModel, hidden_states
@@ -143,7 +143,7 @@ class Writer:
         except Exception as error:  # transformers raises what it likes
             raise InputError(f"{flag} {name}: {first_line(error)}") from None
         self.name, self.args, self.device, self._lm = name, args, device, None
-        self.encoder = ChatEncoder(read_tokenizer(name, args.chat_template))
+        self.encoder = ChatEncoder(read_tokenizer(name, args.chat_template, flag))
 
     @property
     def lm(self):
@@ -165,6 +165,8 @@ class Writer:
             "temperature": temperature,
             "samples": args.samples,
             "max_new_tokens": args.max_new_tokens,
+            "top_k": args.top_k,
+            "top_p": args.top_p,
             "seed": args.seed,
             "dtype": args.dtype,
             "chat_template": self.encoder.tokenizer.chat_template,
@@ -176,7 +178,7 @@ class Writer:
         path, samples = out / f"{role}-T{temperature:g}.jsonl", self.args.samples
         n = len(prompts) * samples
         rows = distributed.from_rank_0(
-            lambda: self.earlier(path, self.settings(prompts, temperature), len(prompts)), "--out"
+            lambda: self.earlier(path, self.settings(prompts, temperature)), "--out"
         )
         block = max(1, self.args.batch_size // samples) * dist.get_world_size()
         write, said = partial(self.write, temperature), time.monotonic()
@@ -209,11 +211,13 @@ class Writer:
             samples=args.samples,
             max_new_tokens=args.max_new_tokens,
             batch_size=args.batch_size,
+            top_k=args.top_k,
+            top_p=args.top_p,
             cut_prompts=True,
         )
         return [answers[i : i + args.samples] for i in range(0, len(answers), args.samples)]
 
-    def earlier(self, path, settings, n_prompts) -> list[dict]:
+    def earlier(self, path, settings) -> list[dict]:
         """The whole prompts of a file that an interrupted command has left; its sidecar."""
         meta = path.with_suffix(".meta.json")
         if path.exists():
@@ -519,6 +523,8 @@ def parse_args(argv):
     add("--temperatures", type=at_least_0, nargs="+", default=[0.0, 0.5, 0.7, 1.0, 1.2, 1.5],
         help="[0 0.5 0.7 1.0 1.2 1.5]")
     add("--samples", type=count, default=1, help="answers per prompt [1]")
+    add("--top_k", type=natural, default=0, help="most probable tokens to draw from [0: all]")
+    add("--top_p", type=fraction, default=1.0, help="of their probability [1]")
     add("--max_new_tokens", type=count, help="[2048; miniature 64]")
     add("--batch_size", type=count, default=128, help="answers written at once per rank [128]")
     add("--dtype", choices=DTYPES, help="of all models [bfloat16 on a GPU, else float32]")
@@ -568,16 +574,15 @@ def main(argv=None):
     quiet()
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
-        device = distributed.start(args.timeout)
-        find_defaults(args)
-        results, scores = evaluate(args, device)
-        out = Path(args.out)
-        if dist.get_rank() == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            write_synced(out / "scores.jsonl", json_lines(scores))
-            write_synced(out / "results.json", json.dumps(results, indent=1) + "\n")
-        print0(f"{table(results)}\nwrote {out}")
-        distributed.stop()
+        with distributed.session(args.timeout) as device:
+            find_defaults(args)
+            results, scores = evaluate(args, device)
+            out = Path(args.out)
+            if dist.get_rank() == 0:
+                out.mkdir(parents=True, exist_ok=True)
+                write_synced(out / "scores.jsonl", json_lines(scores))
+                write_synced(out / "results.json", json.dumps(results, indent=1) + "\n")
+            print0(f"{table(results)}\nwrote {out}")
     except (InputError, FloatingPointError, OSError) as error:
         refuse("eval_alpaca.py", error)
 

@@ -11,11 +11,11 @@ the last bits of the logits decide can come out differently.
 Two models, or two temperatures, meet the same randomness, which makes their comparison sharper.
 """
 
-import argparse
 import hashlib
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from data import ChatEncoder, InputError, check_model_name, first_line
+from flags import Parser, at_least_0, count, natural
 
 COMPACT_BELOW = 0.75  # share of rows still writing at which the others leave the batch
 
@@ -44,12 +45,22 @@ def uniforms(seed: int, prompt: list[int], sample: int, n: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=key)).random(n)
 
 
-def pick(logits: Tensor, temperature: float, u: Tensor) -> Tensor:
+def pick(logits: Tensor, temperature: float, u: Tensor, top_k=0, top_p=1.0) -> Tensor:
     """logits (B, V), u (B,) in [0, 1) -> tokens (B,): the first whose cumulated probability exceeds
-    u; at temperature 0 the most probable."""
+    u; at temperature 0 the most probable. top_k > 0 leaves the k most probable tokens, top_p < 1
+    then the fewest that reach it together."""
     if temperature == 0:
         return logits.argmax(-1)
-    cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    p = (logits.double() / temperature).softmax(-1)
+    if top_k or top_p < 1:
+        ordered, tokens = p.sort(dim=-1, descending=True, stable=True)
+        if top_k:
+            ordered[:, top_k:] = 0
+        before = ordered.cumsum(-1) - ordered
+        beyond = before >= top_p * ordered.sum(-1, keepdim=True)
+        ordered[:, 1:][beyond[:, 1:]] = 0  # the most probable one always stays
+        p = torch.zeros_like(p).scatter(-1, tokens, ordered)
+    cdf = p.cumsum(-1)
     u = u[:, None] * cdf[:, -1:]  # the sum is 1 but for rounding
     return torch.searchsorted(cdf, u, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
 
@@ -66,6 +77,8 @@ def generate(
     samples: int = 1,
     batch_size: int = 128,
     cut_prompts: bool = False,
+    top_k: int = 0,
+    top_p: float = 1.0,
     log=None,
 ) -> list[Answer]:
     """Answers of a Hugging Face causal LM to conversations that end with a user's turn, prompt by
@@ -93,7 +106,8 @@ def generate(
         batch = jobs[first : first + batch_size]
         u = np.stack([uniforms(seed, prompts[p], s, max_new_tokens) for p, s in batch])
         u = torch.from_numpy(u).to(lm.device)
-        texts = write_batch(lm, [prompts[p] for p, _ in batch], stop, temperature, u)
+        of_token = partial(pick, temperature=temperature, top_k=top_k, top_p=top_p)
+        texts = write_batch(lm, [prompts[p] for p, _ in batch], stop, of_token, u)
         written |= zip(batch, texts, strict=True)
         n_tokens, now = n_tokens + sum(map(len, texts)), time.perf_counter()
         if log and (now - said > 5 or len(written) == len(jobs)):
@@ -109,7 +123,7 @@ def generate(
     return answers
 
 
-def write_batch(lm, prompts, stop, temperature, u) -> list[list[int]]:
+def write_batch(lm, prompts, stop, of_token, u) -> list[list[int]]:
     """Token ids of one answer to each prompt, up to and with the first of `stop`, at most
     u.shape[1] of them. Prompts are padded on the left, so that all rows write at the right edge of
     one cache; rows that have ended leave it. (Refilling their places at once, continuous batching,
@@ -130,7 +144,7 @@ def write_batch(lm, prompts, stop, temperature, u) -> list[list[int]]:
             use_cache=True,
             logits_to_keep=1,
         )
-        token = pick(out.logits[:, -1].float(), temperature, u[:, position])
+        token = of_token(out.logits[:, -1].float(), u=u[:, position])
         for row, t in zip(rows, token.tolist(), strict=True):
             if not answers[row] or answers[row][-1] not in stop:
                 answers[row].append(t)
@@ -155,13 +169,16 @@ def quiet():
 
 
 def main():
-    parser = argparse.ArgumentParser("generate.py", description=__doc__.split("\n\n")[0])
+    parser = Parser("generate.py", __doc__)
     parser.add_argument("--model", required=True, help="a Hugging Face folder or Hub id")
     parser.add_argument("prompts", nargs="+")
-    parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--max_new_tokens", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument("--temperature", type=at_least_0, default=0.7, help="[0.7]")
+    parser.add_argument("--max_new_tokens", type=count, default=128, help="[128]")
+    parser.add_argument("--seed", type=natural, default=0, help="[0]")
+    try:
+        args = parser.parse_args()
+    except InputError as error:
+        sys.exit(f"generate.py: {error}")
     quiet()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chats = [[{"role": "user", "content": prompt}] for prompt in args.prompts]

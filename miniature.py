@@ -15,7 +15,6 @@ and test.jsonl (the annotator's pairs, mostly of the reference's own answers), p
 out, as is test.jsonl) and world.json (settings, written last).
 """
 
-import argparse
 import fcntl
 import json
 import math
@@ -40,6 +39,7 @@ from transformers import (
 )
 
 from data import ChatEncoder, InputError
+from flags import Parser, natural
 from generate import generate, quiet
 
 ROOT = Path("out/mini")
@@ -466,12 +466,12 @@ def show(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser("miniature.py", description=__doc__.split("\n\n")[0])
+    parser = Parser("miniature.py", __doc__)
     parser.add_argument("action", nargs="?", choices=["build", "show"], default="build")
-    parser.add_argument("--seed", type=int, default=0, help="another world [0]")
-    args = parser.parse_args()
+    parser.add_argument("--seed", type=natural, default=0, help="another world [0]")
     quiet()
     try:
+        args = parser.parse_args()
         folder = build(args.seed)
     except (InputError, OSError) as error:
         sys.exit(f"miniature.py: {error}")

@@ -125,12 +125,12 @@ def read_model_config(name: str, max_length: int, flag: str = "--model"):
     return config
 
 
-def read_tokenizer(name: str, chat_template: str | None = None):
+def read_tokenizer(name: str, chat_template: str | None = None, flag: str = "--model"):
     """A folder's or Hub id's tokenizer, with the chat template of a file if that is named."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise what they like
-        raise InputError(f"--model {name}: {first_line(error)}") from None
+        raise InputError(f"{flag} {name}: {first_line(error)}") from None
     if chat_template:
         try:
             tokenizer.chat_template = Path(chat_template).read_text()

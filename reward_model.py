@@ -11,8 +11,8 @@ weights are an AutoModelForSequenceClassification of one label, as published rew
 Shapes: B pairs, N sequences, T tokens, H hidden.
 """
 
-import json
 import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +30,13 @@ import attention
 import distributed
 import miniature
 import report
-from checkpoint import export_policy
+from checkpoint import (
+    claim_with_config,
+    export_policy,
+    load_state,
+    newest_state,
+    save_state,
+)
 from data import (
     ChatEncoder,
     InputError,
@@ -131,32 +137,53 @@ def with_tail(triplets, encoder):
     return [t._replace(chosen=add(t.chosen), rejected=add(t.rejected)) for t in triplets]
 
 
-def fit(lm, triplets, args, device, write):
-    """--epochs of Adam on L_BT; write(row) hears of every step's means over its pairs."""
+def plain_loss(chosen, rejected, rows):
+    return bradley_terry_loss(chosen, rejected)
+
+
+def fit(lm, triplets, args, device, out_dir, pair_loss=plain_loss):
+    """--epochs of Adam on the mean of pair_loss(rewards of chosen, of rejected, rows of the data),
+    (b,) each; logs, saves states, and takes up the newest one of out_dir."""
     rank, world = dist.get_rank(), dist.get_world_size()
     optimizer = torch.optim.AdamW(lm.parameters(), args.lr, weight_decay=0.0, fused=True)
+    players = lm, optimizer, None, None
     steps = args.epochs * (len(triplets) // args.batch_size)
+    manifest = newest_state(out_dir)
+    start = manifest["step"] if manifest else 0
+    if start:
+        load_state(out_dir, manifest, *players)
+        print0(f"resumed after step {start}")
     schedule = get_cosine_schedule_with_warmup(optimizer, int(args.warmup * steps), steps)
-    for step in range(steps):
+    for _ in range(start):
+        schedule.step()
+    table = report.Table(out_dir / "metrics.csv", COLUMNS, start)
+    for step in range(start, steps):
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         order = batch_indices(step, len(triplets), args.batch_size, args.seed)
         pairs = [triplets[i] for i in order]
         for part in plan_forwards(pairs, world, args.micro_batch_size, args.micro_tokens):
-            chosen, rejected = lm(pack(part[rank]).to(device)).chunk(2)
-            losses = bradley_terry_loss(chosen, rejected)
+            batch = pack(part[rank]).to(device)
+            chosen, rejected = lm(batch).chunk(2)
+            losses = pair_loss(chosen, rejected, batch.rows)
             (losses.sum() * world / args.batch_size).backward()  # FSDP2 averages over ranks
             won = ((chosen - rejected).sign() + 1) / 2
             sums += torch.stack([losses, won]).detach().double().sum(1)
         norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), args.grad_clip).full_tensor()
         dist.all_reduce(sums)
-        loss, accuracy = (sums / args.batch_size).tolist()
-        row = dict(step=step + 1, loss=loss, accuracy=accuracy, lr=schedule.get_last_lr()[0])
-        if not np.isfinite(loss + norm.item()):
-            raise FloatingPointError(f"step {step + 1}: loss {loss}, gradient {norm.item()}")
+        (loss, accuracy), norm = (sums / args.batch_size).tolist(), norm.item()
+        if not np.isfinite(loss + norm):
+            raise FloatingPointError(f"step {step + 1}: loss {loss}, gradient {norm}")
+        lr = schedule.get_last_lr()[0]
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        write(row | {"grad_norm": norm.item(), "steps": steps})
+        done = step + 1
+        table.write(dict(step=done, loss=loss, accuracy=accuracy, lr=lr, grad_norm=norm))
+        if done % max(1, steps // 20) == 0 or done == steps:
+            print0(f"{done:>5}/{steps} loss {loss:.4f} accuracy {accuracy:.2f} grad {norm:.1e}")
+        if args.save_every and done % args.save_every == 0:
+            table.sync()
+            save_state(out_dir, done, args.keep, *players)
 
 
 @torch.no_grad()
@@ -193,7 +220,10 @@ def parse_args(argv):
     add("--micro_tokens", type=count, default=16384, help="their tokens at most [16384]")
     add("--dtype", choices=DTYPES, default="float32", help="of compute [float32]")
     add("--checkpointing", action="store_true", help="recompute layers in backward")
+    add("--save_every", type=natural, default=0, help="steps between states [0: none]")
+    add("--keep", type=count, default=2, help="newest states that stay [2]")
     add("--seed", type=natural, default=0, help="[0]")
+    add("--resume", action="store_true", help="continue from the newest state of --out_dir")
     add("--timeout", type=positive, default=600, help="seconds to wait for another rank [600]")
     add("--out_dir", default="out/reward", help="[out/reward]")
     # fmt: on
@@ -207,26 +237,10 @@ def parse_args(argv):
     return args
 
 
-def train(args):
-    device = distributed.start(args.timeout)
-    world = miniature.ROOT / f"seed{args.seed}"
-    if world in (Path(args.model).parent, Path(args.dataset).parent):
-        distributed.from_rank_0(lambda: miniature.build(args.seed, log=print0), "miniature:")
-    out_dir = Path(args.out_dir)
-    if out_dir.exists() and any(out_dir.iterdir()):
-        raise InputError(f"--out_dir {out_dir}: not empty")
-    if args.batch_size % dist.get_world_size():
-        raise InputError(f"--batch_size {args.batch_size}: {dist.get_world_size()} ranks")
-    config = read_model_config(args.model, args.max_length)
-    tokenizer = read_tokenizer(args.model, args.chat_template)
-    encoder = ChatEncoder(tokenizer)
-    length = args.max_length - len(encoder.tail)
-    data = load_pairs(args.dataset, args.split, tokenizer, length, print0)
-    if len(data.triplets) < args.batch_size:
-        raise InputError(f"{args.dataset}: fewer pairs than --batch_size: {data.summary()}")
-    print0(f"data: {data.summary()}")
-    held_out = load_held_out(args, tokenizer, length, print0) if args.eval_split else None
-    dtype = DTYPES[args.dtype]
+def learn(args, config, tokenizer, triplets, held_out, device, pair_loss=plain_loss):
+    """A reward model in --out_dir from --model, fitted to triplets -> its margins on held_out's, or
+    None."""
+    out_dir, dtype, encoder = Path(args.out_dir), DTYPES[args.dtype], ChatEncoder(tokenizer)
     loader = partial(
         load_lm, args.model, torch.promote_types(dtype, torch.float32), args.checkpointing,
         attention.choose("auto", config, device, dtype), wrapper=RewardLM,
@@ -235,34 +249,46 @@ def train(args):
     mesh = distributed.make_mesh(device)
     lm = distributed.load_sharded(loader, mesh, device, dtype, f"--model {args.model}:")
     lm.model.config.pad_token_id = tokenizer.pad_token_id  # for those who pad
-    distributed.from_rank_0(lambda: out_dir.mkdir(parents=True, exist_ok=True), "--out_dir")
-    table = report.Table(out_dir / "metrics.csv", COLUMNS)
-
-    def write(row):
-        steps = row.pop("steps")
-        table.write(row)
-        if row["step"] % max(1, steps // 20) == 0 or row["step"] == steps:
-            print0(
-                f"{row['step']:>5}/{steps} loss {row['loss']:.4f} accuracy {row['accuracy']:.2f}"
-                f" grad {row['grad_norm']:.1e}"
-            )
-
-    fit(lm, with_tail(data.triplets, encoder), args, device, write)
+    fit(lm, with_tail(triplets, encoder), args, device, out_dir, pair_loss)
+    found = None
     if held_out:
-        m = margins(lm, with_tail(held_out.triplets, encoder), args, device)
-        accuracy, loss = ((m.sign() + 1) / 2).mean(), bradley_terry_loss(m, 0 * m).mean()
-        print0(f"held out: {len(m)} pairs, loss {loss:.4f}, accuracy {accuracy:.3f}")
+        found = margins(lm, with_tail(held_out, encoder), args, device)
+        accuracy, loss = (
+            ((found.sign() + 1) / 2).mean(),
+            bradley_terry_loss(found, 0 * found).mean(),
+        )
+        print0(f"held out: {len(found)} pairs, loss {loss:.4f}, accuracy {accuracy:.3f}")
     export_policy(lm, tokenizer, out_dir / "hf")
-    if dist.get_rank() == 0:
-        (out_dir / "config.json").write_text(json.dumps(vars(args), indent=1) + "\n")
-    print0(f"wrote {out_dir / 'hf'}")
-    distributed.stop()
+    return found
+
+
+def train(args, device, stack):
+    world = miniature.ROOT / f"seed{args.seed}"
+    if world in (Path(args.model).parent, Path(args.dataset).parent):
+        distributed.from_rank_0(lambda: miniature.build(args.seed, log=print0), "miniature:")
+    if args.batch_size % dist.get_world_size():
+        ranks = dist.get_world_size()
+        raise InputError(f"--batch_size {args.batch_size} is not divisible by {ranks} ranks")
+    config = read_model_config(args.model, args.max_length)
+    tokenizer = read_tokenizer(args.model, args.chat_template)
+    length = args.max_length - len(ChatEncoder(tokenizer).tail)
+    data = load_pairs(args.dataset, args.split, tokenizer, length, print0)
+    if len(data.triplets) < args.batch_size:
+        raise InputError(f"{args.dataset}: fewer pairs than --batch_size: {data.summary()}")
+    print0(f"data: {data.summary()}")
+    held_out = load_held_out(args, tokenizer, length, print0).triplets if args.eval_split else None
+    steps = args.epochs * (len(data.triplets) // args.batch_size)
+    claim_with_config(args, stack, data.fingerprint, total_steps=steps)
+    learn(args, config, tokenizer, data.triplets, held_out, device)
+    print0(f"wrote {args.out_dir}/hf")
 
 
 def main(argv=None):
     quiet()
     try:
-        train(parse_args(sys.argv[1:] if argv is None else argv))
+        args = parse_args(sys.argv[1:] if argv is None else argv)
+        with ExitStack() as stack:
+            train(args, stack.enter_context(distributed.session(args.timeout)), stack)
     except (InputError, FloatingPointError, OSError) as error:
         refuse("reward_model.py", error)
 

@@ -617,7 +617,7 @@ def test_a_reward_model_learns_its_pairs_and_reloads_with_equal_rewards(
     )
     assert np.log1p(np.exp(rejected - chosen)).mean() == pytest.approx(float(loss), abs=1e-4)
     assert (chosen > rejected).mean() == pytest.approx(float(accuracy), abs=1e-3)
-    with pytest.raises(SystemExit, match="^reward_model.py: --out_dir .*: not empty"):
+    with pytest.raises(SystemExit, match="^reward_model.py: --out_dir .* holds a run"):
         train_rewards(tiny_world, tmp_path / "a")
 
 

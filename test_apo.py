@@ -1,0 +1,357 @@
+"""Claims about APO: train_apo.py, and what it asks of reward_model.py and generate.py.
+
+python -m pytest -q test_apo.py -m "not slow"
+"""
+
+import csv
+import json
+import math
+import random
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import eval_alpaca
+import miniature
+import reward_model
+import train_apo
+import train_ganpo
+from distributed import StopSignals
+from generate import pick
+from reward_model import RewardModel
+from test_miniature import SMALL, first_command
+from train_apo import accuracy_and_ece, best_and_worst, difference_loss, pair_loss
+
+HERE = Path(__file__).parent
+
+
+def test_pair_losses_are_weighted_sums_of_plain_ones():
+    chosen = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)
+    rejected = torch.tensor([0.2, 0.7, 2.0], dtype=torch.float64)
+    rows = (1, 3, 4)  # of the data: the last of two human pairs, and two of the game
+    for form, game in (("ranking", lambda c, r: math.log1p(math.exp(r - c))),
+                       ("difference", lambda c, r: r - c)):  # fmt: skip
+        found = pair_loss(2, 0.025, form)(chosen, rejected, rows)
+        expected = [
+            math.log1p(math.exp(0.2 - 1.0)), 0.025 * game(-0.5, 0.7), 0.025 * game(2.0, 2.0)
+        ]  # fmt: skip
+        assert found.tolist() == pytest.approx(expected)
+    assert difference_loss(chosen, rejected).tolist() == pytest.approx([-0.8, 1.2, 0.0])
+
+
+def test_calibration_error_of_a_hand_computed_case():
+    """Confidences .55 (two, one right), .75 (one right) and .95 (one wrong)."""
+    logit = lambda p: math.log(p / (1 - p))  # noqa: E731
+    margins = np.array([logit(0.55), -logit(0.55), logit(0.75), -logit(0.95)])
+    accuracy, ece = accuracy_and_ece(margins)
+    assert accuracy == 0.5
+    assert ece == pytest.approx(0.5 * abs(0.5 - 0.55) + 0.25 * 0.25 + 0.25 * 0.95)
+    assert accuracy_and_ece(np.zeros(4)) == (0.5, 0.0)
+    # ten bins from 1/2 to 1: .51 and .58 lie in two, .52 and .53 in one
+    assert accuracy_and_ece([logit(0.51), -logit(0.58)])[1] == pytest.approx((0.49 + 0.58) / 2)
+    assert accuracy_and_ece([logit(0.52), -logit(0.53)])[1] == pytest.approx(0.025)
+    sure = accuracy_and_ece(np.full(3, 50.0))
+    assert sure[0] == 1 and sure[1] == pytest.approx(0, abs=1e-12)
+
+
+def test_best_of_n_is_the_argmax():
+    rng = random.Random(0)
+    for _ in range(50):
+        rewards = [rng.choice([0.0, 1.0, 2.0]) for _ in range(4)]
+        best, worst = best_and_worst(list("abcd"), rewards)
+        assert "abcd".index(best) == int(np.argmax(rewards))
+        assert "abcd".index(worst) == int(np.argmin(rewards))
+
+
+def test_top_k_and_top_p_draw_from_the_most_probable_alone():
+    logits = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.05, 0.25]]))
+    u = (torch.arange(20_000) + 0.5).double() / 20_000
+
+    def shares(**settings):
+        tokens = pick(logits.expand(len(u), -1), 1.0, u, **settings)
+        return torch.bincount(tokens, minlength=5) / len(u)
+
+    assert shares(top_k=2).tolist() == pytest.approx([0, 0.4 / 0.65, 0, 0, 0.25 / 0.65], abs=1e-3)
+    assert shares(top_p=0.6).tolist() == pytest.approx([0, 0.4 / 0.65, 0, 0, 0.25 / 0.65], abs=1e-3)
+    assert shares(top_p=0.3).tolist() == [0, 1, 0, 0, 0]
+    assert shares(top_p=0.0).tolist() == [0, 1, 0, 0, 0]
+    both = shares(top_k=3, top_p=0.7)  # 0.4 of 0.85, and 0.65 of 0.85 reach 0.7 together
+    assert both.tolist() == pytest.approx([0, 0.4 / 0.65, 0, 0, 0.25 / 0.65], abs=1e-3)
+    assert shares(top_k=5, top_p=1.0).tolist() == pytest.approx(shares().tolist())
+
+
+@pytest.fixture(scope="module")
+def game(tmp_path_factory):
+    """A game in a world of seconds, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("apo")
+    build = miniature.build
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(
+            miniature, "build", lambda seed, log=print: build(seed, log=lambda x: 0, sizes=SMALL)
+        )
+        yield folder
+
+
+ARGV = "--rounds=2 --prompts=32 --batch_size=16 --max_new_tokens=32 --test_temperature=1".split()
+
+
+@pytest.fixture(scope="module")
+def handed(game):
+    """What the first round of a variant hands to the reward model's training: pairs, and the weight
+    of each; no exam."""
+    miniature.build(0)
+    rows = [json.loads(x) for x in open("out/mini/seed0/train.jsonl")]
+    golden = [{"prompt": r["prompt"], "golden": r["solution"]} for r in rows]
+    Path("solver.jsonl").write_text("\n".join(map(json.dumps, golden)))
+    seen = {}
+
+    def learn(args, config, tokenizer, triplets, held_out, device, loss):
+        ones = torch.ones(1, dtype=torch.float64)
+        weights = [loss(ones, ones, (t.row,)).item() / math.log(2) for t in triplets]
+        seen[args.out_dir.split("/")[0]] = triplets, np.array(weights)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reward_model, "learn", learn)
+        for out, more in (
+            ("human", ["--variants=frozen"]),
+            ("both", ["--variants=apo"]),
+            ("alone", ["--variants=gail"]),
+            ("twice", ["--variants=apo", "--apo_weight=3", "--samples=2"]),
+        ):
+            with pytest.raises(KeyboardInterrupt):
+                train_apo.main([*ARGV, "--golden=solver.jsonl", f"--out_dir={out}", *more])
+            torch.distributed.destroy_process_group()
+    return seen
+
+
+def test_weights_of_human_and_game_pairs(handed):
+    (human, ones), (both, weights) = handed["human"], handed["both"]
+    n = len(human)
+    assert (ones == 1).all() and [t.row for t in both] == list(range(len(both)))
+    assert all(map(equal, human, both)) and len(both) > n + 64
+    assert weights[:n].tolist() == [1] * n
+    assert weights[n:] == pytest.approx(np.full(len(both) - n, 0.1 / 4))
+    alone, plain = handed["alone"]
+    assert len(alone) == len(both) - n and all(map(equal, alone, both[n:])) and (plain == 1).all()
+    _, twice = handed["twice"]
+    assert len(twice) > n + 32
+    assert twice[n:] == pytest.approx(np.full(len(twice) - n, 1.5))
+
+
+def equal(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
+
+
+def test_game_pairs_hold_the_golden_answer_above_each_other_sample(handed):
+    both, weights = handed["both"]
+    tokenizer = AutoTokenizer.from_pretrained("out/mini/seed0/model")
+    golden = {}
+    for row in map(json.loads, open("out/mini/seed0/train.jsonl")):
+        golden.setdefault(row["prompt"], row["solution"])
+    asked = list(golden)[:32]
+    rows = [json.loads(x) for x in open("both/apo/round1/answers/model-T1.jsonl")]
+    plain = lambda text: re.sub(r"<\|\w+\|>", "", text).strip()  # noqa: E731
+    samples = [(asked[r["prompt"]], plain(r["text"])) for r in rows if r["ended"]]
+    expected = [(golden[p], text) for p, text in samples if text != golden[p]]
+    assert len(rows) == 32 * 4 > len(samples)
+
+    def answer(ids):
+        text = tokenizer.decode(ids)
+        assert text.endswith("<|end|>")
+        return text.removesuffix("<|end|>").strip()
+
+    found = [(answer(t.chosen), answer(t.rejected)) for t in both if weights[t.row] != 1]
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--rounds=4"], "--lr: 3 rates for 4 rounds"),
+        (["--golden=rows.jsonl"], "--golden rows.jsonl: row 1 has no text 'golden'"),
+        (["--golden=empty.jsonl"], "--golden empty.jsonl: row 0 has no text 'golden'"),
+        (["--golden=few.jsonl"], "--batch_size 16: only 1 prompts or pairs"),
+        (["--human=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--held_out=long.jsonl"], "--held_out long.jsonl: 0 of 1 rows"),
+        (["--exam=few.jsonl", "--golden=golden.jsonl"], "--exam few.jsonl: no prompts of the mini"),
+        (["--exam=alpaca_eval"], "--exam alpaca_eval: no prompts of the miniature"),
+        (["--model=nowhere"], "nowhere"),
+        (["--aligner=ppo"], "invalid choice"),
+        (["--samples=1"], "1 is not in [2,"),
+        (["--", "--losss=dpo"], "unrecognized arguments: --losss=dpo"),
+        (["--", "--critic=paired", "--disc=mlp"], "--critic paired has no use for --disc"),
+        (["--", "--lr=1"], "--lr after --: the game sets it"),
+    ],
+)
+def test_bad_input_ends_with_one_line(game, flags, message):
+    rows = [{"prompt": "a", "golden": "b"}, {"prompt": "c"}]
+    pair = {"prompt": "a" * 300, "chosen": "b", "rejected": "c"}
+    files = {
+        "rows": rows, "few": rows[:1], "empty": [{"prompt": "a", "golden": " "}], "long": [pair],
+        "golden": [{"prompt": f"p{i}", "golden": "b"} for i in range(16)],
+    }  # fmt: skip
+    for name, content in files.items():
+        Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, content)))
+    with pytest.raises(SystemExit) as refusal:
+        train_apo.main([*ARGV, "--out_dir=never", *flags])
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
+    assert not Path("never").exists()  # the next attempt meets an empty place
+
+
+def test_a_reward_model_stopped_and_resumed_equals_an_undisturbed_one(game, monkeypatch):
+    miniature.build(0)
+    flags = ["--batch_size=16", "--save_every=2"]
+    reward_model.main([*flags, "--out_dir=whole"])
+    save = reward_model.save_state
+
+    def die(out_dir, step, *rest):
+        save(out_dir, step, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reward_model, "save_state", die)
+    with pytest.raises(KeyboardInterrupt):
+        reward_model.main([*flags, "--out_dir=parts"])
+    torch.distributed.destroy_process_group()
+    monkeypatch.setattr(reward_model, "save_state", save)
+    with pytest.raises(SystemExit, match="holds a run: pass --resume"):
+        reward_model.main([*flags, "--out_dir=parts"])
+    with pytest.raises(SystemExit, match="lr was 0.001, is now 0.1"):
+        reward_model.main([*flags, "--out_dir=parts", "--resume", "--lr=0.1"])
+    reward_model.main([*flags, "--out_dir=parts", "--resume"])
+    for name in ("metrics.csv", "hf/model.safetensors"):
+        assert Path("whole", name).read_bytes() == Path("parts", name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_game_interrupted_anywhere_ends_as_an_undisturbed_one(game, monkeypatch):
+    train_apo.main([*ARGV, "--out_dir=a", "--save_every=2"])
+    with open("a/rounds.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["variant"], r["round"]) for r in rows] == [
+        ("start", "0"), *((v, str(n)) for v in train_apo.VARIANTS for n in (1, 2)),
+    ]  # fmt: skip
+    assert not Path("a/frozen/round2/reward").exists()
+    for variant, k in ((r["variant"], int(r["round"])) for r in rows[1:]):
+        folder = Path("a", variant, f"round{k}")
+        config = json.loads((folder / "policy/config.json").read_text())
+        before = f"a/{variant}/round{k - 1}/policy/hf" if k > 1 else "out/mini/seed0/model"
+        assert (config["model"], config["lr"]) == (before, [1e-4, 4e-5][k - 1])
+        assert config["ref_model"] == "out/mini/seed0/model"
+        meta = json.loads((folder / "eval/model-T1.meta.json").read_text())
+        assert (meta["model"], meta["top_k"], meta["top_p"]) == (str(folder / "policy/hf"), 5, 0.85)
+        assert not list(folder.glob("*/state"))
+
+    def interrupt(module, name, when):
+        inner, calls = getattr(module, name), []
+
+        def die(*args, **more):
+            result = inner(*args, **more)
+            calls.append(name)
+            if len(calls) == when:
+                raise KeyboardInterrupt
+            return result
+
+        monkeypatch.setattr(module, name, die)
+        with pytest.raises(KeyboardInterrupt):
+            train_apo.main(["--out_dir=b", *ARGV, "--save_every=2", *resume])
+        torch.distributed.destroy_process_group()
+        monkeypatch.setattr(module, name, inner)
+
+    resume = []
+    for module, name, when in (
+        (eval_alpaca, "append", 3),  # after a round's answers
+        (reward_model, "save_state", 1),  # inside a reward model
+        (reward_model, "export_policy", 1),  # before its margins are written
+        (train_ganpo, "save_state", 1),  # inside the LLM's step
+        (train_apo, "write_synced", 2),
+        (train_ganpo, "export_policy", 2),
+    ):
+        interrupt(module, name, when)
+        resume = ["--resume"]
+    train_apo.main(["--out_dir=b", *ARGV, "--save_every=2", *resume])
+    assert Path("a/rounds.csv").read_text() == Path("b/rounds.csv").read_text()
+    with pytest.raises(SystemExit, match="samples was 4, is now 2"):
+        train_apo.main(["--out_dir=b", *ARGV, "--save_every=2", "--resume", "--samples=2"])
+    with pytest.raises(SystemExit, match="holds a run: pass --resume"):
+        train_apo.main(["--out_dir=b", *ARGV])
+    rows = Path("out/mini/seed0/train.jsonl").read_text().splitlines(keepends=True)
+    Path("human.jsonl").write_text("".join(rows[1:]))
+    other = ["--resume", "--human=human.jsonl"]
+    with pytest.raises(SystemExit, match="data_fingerprint was .*; human was"):
+        train_apo.main(["--out_dir=b", *ARGV, "--save_every=2", *other])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 3])  # within the LLM's two steps, and after them
+def test_a_signal_ends_the_game_and_it_resumes(step, game, monkeypatch, capsys):
+    flags = [*ARGV, "--variants=gail", "--rounds=1"]
+    inner, polls = StopSignals.anywhere, []
+
+    def anywhere(self, device):
+        polls.append(self)
+        return inner(self, device) or len(polls) >= step
+
+    monkeypatch.setattr(StopSignals, "anywhere", anywhere)
+    out = f"--out_dir=stop{step}"
+    train_apo.main([*flags, out])
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == f"stopped; resume with: train_apo.py --resume {' '.join([*flags, out])}"
+    monkeypatch.undo()
+    train_apo.main(["--resume", *flags, out])
+    train_apo.main([*flags, f"--out_dir=straight{step}"])
+    texts = [Path(x, "rounds.csv").read_text() for x in (out[10:], f"straight{step}")]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("aligner", ["rejection", "dpo", "ganpo"])
+def test_every_aligner_takes_its_step_on_the_best_and_worst(game, aligner):
+    flags = ["--variants=apo", "--rounds=1", "--apo_loss=difference"]
+    train_apo.main([*ARGV, *flags, f"--aligner={aligner}", f"--out_dir={aligner}",
+                    "--", "--beta=0.3"])  # fmt: skip
+    config = json.loads(Path(aligner, "apo/round1/policy/config.json").read_text())
+    assert (config["loss"], config["lambda_adv"], config["beta"]) == {
+        "rejection": ("sft", 0, 0.3), "dpo": ("dpo", 0, 0.3), "ganpo": ("dpo", 0.1, 0.3),
+    }[aligner]  # fmt: skip
+    home = Path(aligner, "apo/round1")
+    pairs = {r["prompt"]: r for r in map(json.loads, (home / "pairs.jsonl").open())}
+    tasks = {}
+    for row in map(json.loads, open("out/mini/seed0/train.jsonl")):
+        tasks.setdefault(row["prompt"], [])
+    asked = list(tasks)[:32]
+    for row in map(json.loads, (home / "answers/model-T1.jsonl").open()):
+        if row["ended"]:
+            tasks[asked[row["prompt"]]].append(row["text"])
+    reward, n = RewardModel(str(home / "reward/hf"), torch.device("cpu")), 0
+    for prompt in asked:
+        texts = tasks[prompt]
+        scores = reward.score([miniature.chat(prompt)] * len(texts), texts) if texts else []
+        best, worst = best_and_worst(texts, scores) if texts else ("", "")
+        differ = best.strip() != worst.strip()
+        if differ if aligner != "rejection" else best.strip():
+            n += 1
+            assert pairs[prompt]["chosen"] == best
+            assert pairs[prompt]["rejected"] == (worst if differ and worst.strip() else ".")
+    assert n == len(pairs) >= 16
+
+
+@pytest.mark.slow
+def test_two_ranks_play_the_game_of_one(game, handed):
+    miniature.build(0)
+    shutil.copytree("out/mini/seed0", "world")
+    flags = [*ARGV, "--variants=apo", "--rounds=1", "--model=world/model", "--golden=solver.jsonl"]
+    flags += ["--human=world/train.jsonl", "--held_out=world/test.jsonl"]
+    flags += ["--exam=world/prompts.jsonl"]
+    train_apo.main([*flags, "--out_dir=one"])
+    done = first_command(game, "--nproc_per_node=2", HERE / "train_apo.py", *flags, "--out_dir=two")
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads(Path(x, "apo/round1/round.json").read_text()) for x in ("one", "two"))
+    assert one.pop("variant") == two.pop("variant")
+    assert one == pytest.approx(two, rel=1e-3)

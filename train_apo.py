@@ -1,0 +1,452 @@
+"""APO (arXiv 2311.08045): a game between a reward model and an LLM, played in rounds.
+
+    python train_apo.py                                # three rounds on the miniature, and controls
+    python train_apo.py --aligner ganpo                # the LLM's step is GANPO's
+    torchrun train_apo.py --model M --golden G --human H --held_out T --dtype bfloat16
+
+    min over r, max over pi:  E_{y ~ pi} r(x, y) - E_{y ~ gold} r(x, y)
+
+A round: the LLM answers every prompt --samples times; the reward model starts again from its base
+and learns L_RM = L_BT(human pairs) + w L_BT(golden answer above each sample); the LLM moves towards
+what it scores high, by an offline aligner. The paper bounds the divergence of both: of the reward
+model by the human pairs, of the LLM by the aligner. No new human label is needed as the LLM's
+answers change.
+
+What follows `--` goes to train_ganpo.py, which takes the LLM's steps. Writes to --out_dir, for each
+variant and round: log, answers/, reward/, pairs.jsonl, policy/ (a run of train_ganpo.py), eval/ and
+round.json; and rounds.csv. With --resume what is finished is not done again.
+"""
+
+import hashlib
+import json
+import shlex
+import shutil
+import sys
+import time
+from argparse import Namespace
+from collections import Counter
+from contextlib import ExitStack, redirect_stdout
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import distributed
+import miniature
+import report
+import reward_model
+import train_ganpo
+from checkpoint import claim_with_config, write_synced
+from data import SURROGATE, ChatEncoder, InputError, RowFault, load_pairs, read_rows
+from distributed import print0, share_out
+from eval_alpaca import Prompt, Writer, json_lines, judge_mini
+from flags import DTYPES, Parser, at_least_0, count, fraction, natural, number, positive, refuse
+from generate import quiet
+from losses import bradley_terry_loss
+from policy import read_model_config, read_tokenizer
+from reward_model import RewardModel
+from settings import parse_args as parse_ganpo_args
+from winrate import mean_and_error
+
+VARIANTS = {  # which pairs the reward model learns from
+    "apo": ("human", "game"),
+    "frozen": ("human",),  # in the first round, and never again: plain rejection sampling
+    "gail": ("game",),  # no human pairs, the paper's GAIL
+}
+COLUMNS = (
+    "variant round rm_acc rm_ece strict_acc strict_acc_se mean_score mean_score_se sampled_acc"
+    " sampled_acc_se sampled_score sampled_score_se reward pairs"
+).split()
+
+
+# ---------------------------------------------------------------------- mathematics
+
+
+def difference_loss(reward_golden, reward_sample):
+    """--apo_loss difference, the WGAN form: r(sample) - r(golden)  ->  (B,)"""
+    return reward_sample - reward_golden
+
+
+def pair_loss(n_human, weight, form):
+    """reward_model.fit's loss, of data whose first n_human rows are human pairs: Bradley-Terry for
+    these, weight 1; for the game's, which follow, `form` times `weight` [choice 18]."""
+    of_game = {"ranking": bradley_terry_loss, "difference": difference_loss}[form]
+
+    def loss(chosen, rejected, rows):
+        game = torch.tensor([row >= n_human for row in rows], device=chosen.device)
+        human = bradley_terry_loss(chosen, rejected)
+        return torch.where(game, weight * of_game(chosen, rejected), human)
+
+    return loss
+
+
+def accuracy_and_ece(margins, bins: int = 10) -> tuple[float, float]:
+    """Margins reward(chosen) - reward(rejected) of held-out pairs -> share of them above 0, ties
+    1/2; and the expected calibration error: |share of right choices - mean confidence| of the model
+    that chooses the higher reward with confidence sigma(|margin|), over `bins` equal bins of
+    confidence between 1/2 and 1, weighted by size."""
+    margins = np.asarray(margins)
+    right = (np.sign(margins) + 1) / 2
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))
+    bucket = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    gaps = [
+        abs(right[bucket == b].mean() - confidence[bucket == b].mean()) * (bucket == b).mean()
+        for b in np.unique(bucket)
+    ]
+    return float(right.mean()), float(sum(gaps))
+
+
+def best_and_worst(texts: list[str], rewards: list[float]) -> tuple[str, str]:
+    """Best of n by reward, and the worst; the first of equal ones."""
+    best = max(range(len(texts)), key=lambda i: rewards[i])
+    worst = min(range(len(texts)), key=lambda i: rewards[i])
+    return texts[best], texts[worst]
+
+
+# ---------------------------------------------------------------------- a round
+
+
+def read_golden(path) -> dict[str, str]:
+    """prompt -> golden answer, the first of a prompt that is there twice."""
+    golden = {}
+    for i, row in enumerate(read_rows(path, "train")):
+        for key in ("prompt", "golden"):
+            text = row.get(key) if isinstance(row, dict) else None
+            if not isinstance(text, str) or not text.strip() or SURROGATE.search(text):
+                raise InputError(f"--golden {path}: row {i} has no text {key!r}")
+        golden.setdefault(row["prompt"], row["golden"])
+    return golden
+
+
+def once(path: Path, compute):
+    """compute()'s value, from a file if an earlier command has left it there."""
+    if not distributed.from_rank_0(path.exists, "--out_dir"):
+        text = json.dumps(compute())
+        distributed.from_rank_0(lambda: write_synced(path, text), "--out_dir")
+    return json.loads(path.read_text())
+
+
+class Stopped(Exception):
+    """By a signal, with a state on the disk."""
+
+
+class Game:
+    """What all variants share: prompts with golden answers, human pairs, held-out ones."""
+
+    def __init__(self, args, device):
+        self.args, self.device = args, device
+        self.config = read_model_config(args.model, args.max_length)
+        self.tokenizer = read_tokenizer(args.model, args.chat_template)
+        self.encoder = ChatEncoder(self.tokenizer)
+        self.length = args.max_length - len(self.encoder.tail)
+        human, held_out = (
+            load_pairs(source, "train", self.tokenizer, self.length, print0)
+            for source in (args.human, args.held_out)
+        )
+        if not held_out.triplets:
+            raise InputError(f"--held_out {args.held_out}: {held_out.summary()}")
+        self.human, self.held_out = human.triplets, held_out.triplets
+        golden = read_golden(args.golden) if args.golden else miniature_golden(args.seed)
+        golden = list(golden.items())[: args.prompts]
+        self.prompts = [Prompt(prompt, "golden", {}) for prompt, _ in golden]
+        self.golden = [answer for _, answer in golden]
+        fewest = min(len(self.prompts), len(self.human))
+        if fewest < args.batch_size:
+            raise InputError(f"--batch_size {args.batch_size}: only {fewest} prompts or pairs")
+        self.exam = [Prompt(task.prompt, "exam", task._asdict()) for task in exam_of(args)]
+        told = golden, [p.instruction for p in self.exam], self.tokenizer.chat_template
+        told = [human.fingerprint, held_out.fingerprint, *told]
+        self.fingerprint = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+    def answers(self, model, prompts, out, temperature, samples, **decoding):
+        """A model's whole answers to each prompt (one that is cut off is none), those of an
+        interrupted command kept."""
+        args = self.args
+        distributed.from_rank_0(lambda: out.mkdir(parents=True, exist_ok=True), "--out_dir")
+        settings = dict(seed=args.seed, chat_template=args.chat_template, dtype=args.dtype)
+        settings |= dict(max_new_tokens=args.max_new_tokens, batch_size=128, samples=samples)
+        settings |= dict(top_k=0, top_p=1.0) | decoding
+        writer = Writer(str(model), "--model", Namespace(**settings), self.device)
+        texts = writer.answers(prompts, temperature, out, "model")
+        rows = [json.loads(x) for x in (out / f"model-T{temperature:g}.jsonl").open()]
+        ended = [row["ended"] for row in rows]
+        return [
+            [text for s, text in enumerate(of_prompt) if ended[i * samples + s]]
+            for i, of_prompt in enumerate(texts)
+        ]
+
+    def game_pairs(self, samples) -> list:
+        """Triplets of the golden answer above each sample."""
+        triplets, notes, dropped = [], Counter(), Counter()
+        for prompt, gold, texts in zip(self.prompts, self.golden, samples, strict=True):
+            messages = miniature.chat(prompt.instruction)
+            for text in texts:
+                answers = gold, self.encoder.plain(text)
+                try:
+                    triplets.append(self.encoder.triplet(messages, *answers, self.length, 0, notes))
+                except RowFault as reason:
+                    dropped[str(reason)] += 1
+        said = ", ".join(f"{k} {n}" for k, n in dropped.most_common()) or "none"
+        print0(f"{len(triplets)} pairs of golden answer and sample; dropped: {said}")
+        return triplets
+
+    def train_reward(self, variant, samples, folder) -> list[float]:
+        """The round's reward model, from its base [choice 19] -> its margins on the held-out human
+        pairs."""
+        args, sources = self.args, VARIANTS[variant]
+        human = self.human if "human" in sources else []
+        game = self.game_pairs(samples) if "game" in sources else []
+        triplets = [t._replace(row=i) for i, t in enumerate([*human, *game])]
+        if len(triplets) < args.batch_size:
+            raise InputError(f"--batch_size {args.batch_size}: {len(triplets)} pairs in {folder}")
+        # without human pairs there is nothing to weigh against
+        weight = args.apo_weight / args.samples if human else 1.0
+        settings = vars(args) | dict(lr=args.rm_lr, epochs=1, warmup=0.1, out_dir=str(folder))
+        settings |= dict(micro_batch_size=args.batch_size, grad_clip=1.0, keep=1)
+        margins = reward_model.learn(
+            Namespace(**settings), self.config, self.tokenizer, triplets, self.held_out,
+            self.device, pair_loss(len(human), weight, args.apo_loss),
+        )  # fmt: skip
+        return margins.tolist()
+
+    def rewards(self, reward, samples) -> list[list[float]]:
+        """One for each answer, prompt by prompt."""
+        scorer = RewardModel(str(reward / "hf"), self.device, DTYPES[self.args.dtype])
+        asked = [
+            (miniature.chat(p.instruction), text)
+            for p, texts in zip(self.prompts, samples, strict=True)
+            for text in texts
+        ]
+        rest = share_out(asked, lambda part: scorer.score(*zip(*part, strict=True)) if part else [])
+        in_order = iter(rest)
+        return [[next(in_order) for _ in texts] for texts in samples]
+
+    def pairs(self, samples, rewards) -> list[dict]:
+        """Best and worst answer to each prompt. Rejection sampling reads the best alone, so there
+        every prompt that has an answer stays [choice 20]."""
+        rows, alone = [], self.args.aligner == "rejection"
+
+        def usable(text):
+            return text.strip() and not self.encoder.special_text.search(text)
+
+        for prompt, texts, scores in zip(self.prompts, samples, rewards, strict=True):
+            best, worst = best_and_worst(texts, scores) if texts else ("", "")
+            if alone and (worst.strip() == best.strip() or not usable(worst)):
+                worst = "." if best.strip() != "." else ".."
+            if usable(best) and usable(worst) and best.strip() != worst.strip():
+                rows.append({"prompt": prompt.instruction, "chosen": best, "rejected": worst})
+        return rows
+
+    def align(self, policy, number, folder) -> bool:
+        """The LLM's step on pairs.jsonl -> whether a signal has asked for an end."""
+        args, out = self.args, folder / "policy"
+        argv = [f"--model={policy}", f"--dataset={folder / 'pairs.jsonl'}", f"--out_dir={out}"]
+        # bounded to where the game began, not to where the round did [choice 21]
+        argv += [f"--ref_model={args.model}", f"--lr={args.lr[number - 1]}", *aligner_flags(args)]
+        if distributed.from_rank_0((out / "config.json").exists, "--out_dir"):
+            argv.append("--resume")
+        with ExitStack() as stack:
+            return train_ganpo.train(parse_ganpo_args(argv), argv, stack, self.device)
+
+    def examine(self, policy, folder) -> dict:
+        """The miniature's judge on held-out prompts, at the published test decoding and as the game
+        samples."""
+        if not self.exam:
+            return {}
+        args, found = self.args, []
+        test = dict(top_k=args.test_top_k, top_p=args.test_top_p)
+        for t, how, out in (
+            (args.test_temperature, test, folder),
+            (args.temperature, {}, folder / "sampled"),
+        ):
+            texts = self.answers(policy, self.exam, out, t, 1, **how)
+            rows = judge_mini(self.exam, [text[0] if text else "" for text in texts])
+            rows = [row | {"prompt": i} for i, row in enumerate(rows)]
+            found += [*mean_and_error(rows, "strict", 100), *mean_and_error(rows, "score")]
+        return dict(zip(COLUMNS[4:12], found, strict=True))
+
+    def play(self, variant, number, policy, folder, frozen) -> dict:
+        """One round -> its row of rounds.csv. `frozen` is the first round's reward model, for the
+        variant that keeps it. Stopped if a signal has asked for it."""
+        args, reward = self.args, frozen or folder / "reward"
+        samples = self.answers(
+            policy, self.prompts, folder / "answers", args.temperature, args.samples
+        )
+        distributed.from_rank_0(lambda: reward.mkdir(exist_ok=True), "--out_dir")
+        learn = partial(self.train_reward, variant, samples, reward)
+        accuracy, ece = accuracy_and_ece(once(reward / "margins.json", learn))
+        distributed.free_memory()
+        rewards = once(folder / "rewards.json", partial(self.rewards, reward, samples))
+        distributed.free_memory()
+        rows = self.pairs(samples, rewards)
+        text = json_lines(rows)
+        distributed.from_rank_0(lambda: write_synced(folder / "pairs.jsonl", text), "--out_dir")
+        if self.align(policy, number, folder):
+            raise Stopped
+        distributed.free_memory()
+        scores = [r for of_prompt in rewards for r in of_prompt]
+        row = {"variant": variant, "round": number, "rm_acc": 100 * accuracy, "rm_ece": ece}
+        row |= self.examine(folder / "policy" / "hf", folder / "eval")
+        return row | {"reward": float(np.mean(scores)), "pairs": len(rows)}
+
+
+def miniature_golden(seed) -> dict[str, str]:
+    golden = {}
+    for line in (miniature.ROOT / f"seed{seed}" / "train.jsonl").open():
+        row = json.loads(line)
+        golden.setdefault(row["prompt"], row["solution"])
+    return golden
+
+
+def exam_of(args) -> list[miniature.Task]:
+    try:
+        return miniature.read_tasks(args.exam) if args.exam else []
+    except (ValueError, TypeError, OSError) as error:
+        raise InputError(f"--exam {args.exam}: no prompts of the miniature: {error}") from None
+
+
+def play_all(args, argv, device, stack):
+    begin, ranks = time.perf_counter(), dist.get_world_size()
+    if args.batch_size % ranks:
+        raise InputError(f"--batch_size {args.batch_size} is not divisible by {ranks} ranks")
+    world = miniature.ROOT / f"seed{args.seed}"
+    if args.golden is None or world in {Path(p).parent for p in (args.model, args.human)}:
+        distributed.from_rank_0(lambda: miniature.build(args.seed, log=print0), "miniature:")
+    game = Game(args, device)
+    out = claim_with_config(args, stack, game.fingerprint)
+    print0(
+        f"{len(game.prompts)} prompts x {args.samples} samples, {len(game.human)} human pairs,"
+        f" {len(game.held_out)} held out; what happens is told in {out}/*/round*/log\n{HEADER}"
+    )
+    table = [{"variant": "start", "round": 0} | game.examine(args.model, out / "start")]
+    print0(line(table[0]))
+    for variant in args.variants:
+        policy, frozen = Path(args.model), None
+        for k in range(1, args.rounds + 1):
+            folder = out / variant / f"round{k}"
+            distributed.from_rank_0(lambda f=folder: f.mkdir(parents=True, exist_ok=True), "round:")
+            play = partial(game.play, variant, k, policy, folder, frozen)
+            try:
+                row = once(folder / "round.json", partial(told_to, folder / "log", play))
+            except Stopped:
+                words = shlex.join(word for word in argv if word != "--resume")
+                return print0(f"stopped; resume with: train_apo.py --resume {words}")
+            table.append(row)
+            print0(line(row))
+            for state in ("policy/state", "reward/state"):  # the round is over
+                shutil.rmtree(folder / state, ignore_errors=True)
+            policy = folder / "policy" / "hf"
+            if variant == "frozen":
+                frozen = frozen or folder / "reward"
+    rounds = report.Table(out / "rounds.csv", COLUMNS)
+    for row in table:
+        rounds.write(row)
+    print0(f"wrote {out} in {time.perf_counter() - begin:.0f} s")
+
+
+def told_to(path, function):
+    """function(), whose lines go to a file."""
+    with path.open("a") as log, redirect_stdout(log):
+        return function()
+
+
+HEADER = "variant   round  RM accuracy    ECE    strict           gold             strict, sampled"
+
+
+def line(row) -> str:
+    def show(key, spec, width):
+        return (format(row[key], spec) if row.get(key) is not None else "-").rjust(width)
+
+    text = f"{row['variant']:<9} {row['round']:>5} {show('rm_acc', '.1f', 12)}"
+    text += f" {show('rm_ece', '.3f', 6)}"
+    text += f" {show('strict_acc', '.1f', 9)} +- {show('strict_acc_se', '.1f', 3)}"
+    text += f" {show('mean_score', '.3f', 8)} +- {show('mean_score_se', '.3f', 5)}"
+    return text + f" {show('sampled_acc', '.1f', 8)} +- {show('sampled_acc_se', '.1f', 3)}"
+
+
+SHARED = "seed dtype max_length batch_size micro_tokens save_every".split()
+OF_GAME = [*SHARED, *"model ref_model dataset out_dir lr keep chat_template checkpointing".split()]
+
+
+def aligner_flags(args) -> list[str]:
+    """train_ganpo.py's, but for those of one round."""
+    flags = [f"--{name}={getattr(args, name)}" for name in SHARED] + ["--keep=1"]
+    flags += ["--checkpointing"] * args.checkpointing
+    flags += [f"--chat_template={args.chat_template}"] * bool(args.chat_template)
+    plain = {"rejection": ["--loss=sft", "--lambda_adv=0"], "dpo": ["--lambda_adv=0"], "ganpo": []}
+    return flags + plain[args.aligner] + args.to_aligner
+
+
+def parse_args(argv):
+    # fmt: off
+    parser = Parser("train_apo.py", __doc__, "train_apo.py [--flag value ...] [-- flags]")
+    add = parser.add_argument_group("what to play on").add_argument
+    add("--model", help="the LLM and the reward model's base [the miniature's reference]")
+    add("--golden", metavar="FILE", help="rows of prompt, golden [the miniature's solver]")
+    add("--human", metavar="FILE", help="preference pairs [the miniature's annotator]")
+    add("--held_out", metavar="FILE", help="pairs that examine the reward model [the miniature's]")
+    add("--exam", metavar="FILE", help="prompts of the miniature's judge [the miniature's; none]")
+    add("--chat_template", help="a jinja file [the tokenizer's own]")
+    add("--max_length", type=count, default=256, help="[256]")
+    add = parser.add_argument_group("the game [default; the paper's where it differs]").add_argument
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="[all three]")
+    add("--rounds", type=count, default=3, help="[3]")
+    add("--prompts", type=count, default=1024, help="of the golden answers [1024]")
+    add("--samples", type=number(int, 2), default=4, help="answers per prompt [4]")
+    add("--temperature", type=positive, default=1.0, help="of them [1; paper 1.2]")
+    add("--apo_loss", choices=["ranking", "difference"], default="ranking", help="[ranking]")
+    add("--apo_weight", type=positive, default=0.1, help="of a prompt's game pairs [0.1]")
+    add("--aligner", choices=["rejection", "dpo", "ganpo"], default="rejection", help="[rejection]")
+    add("--lr", type=positive, nargs="+", default=[1e-4, 4e-5, 2e-5], help="of the LLM, round by"
+        " round [1e-4 4e-5 2e-5; paper 5e-6 2e-6 9e-7]")
+    add("--rm_lr", type=positive, default=1e-3, help="[1e-3; paper 1e-6]")
+    add("--batch_size", type=count, default=32, help="pairs per step [32; paper 64]")
+    add("--test_temperature", type=at_least_0, default=0.3, help="[0.3]")
+    add("--test_top_k", type=natural, default=5, help="[5]")
+    add("--test_top_p", type=fraction, default=0.85, help="[0.85]")
+    add = parser.add_argument_group("running").add_argument
+    add("--micro_tokens", type=count, default=16384, help="per forward and rank [16384]")
+    add("--max_new_tokens", type=count, default=64, help="[64]")
+    add("--dtype", choices=DTYPES, default="float32", help="[float32]")
+    add("--checkpointing", action="store_true", help="recompute layers in backward")
+    add("--save_every", type=natural, default=0, help="steps between states [0: none]")
+    add("--seed", type=natural, default=0, help="[0]")
+    add("--resume", action="store_true", help="continue the game of --out_dir")
+    add("--timeout", type=positive, default=3600, help="seconds to wait for another rank [3600]")
+    add("--out_dir", default="out/apo", help="[out/apo]")
+    # fmt: on
+    split = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:split])
+    args.to_aligner = argv[split + 1 :]
+    world = miniature.ROOT / f"seed{args.seed}"
+    own = {"model": "model", "human": "train.jsonl", "held_out": "test.jsonl"}
+    if args.golden is None:
+        own["exam"] = "prompts.jsonl"
+    for name, file in own.items():
+        if getattr(args, name) is None:
+            setattr(args, name, str(world / file))
+    if len(args.lr) < args.rounds:
+        raise InputError(f"--lr: {len(args.lr)} rates for {args.rounds} rounds")
+    for word in args.to_aligner:
+        if (name := word.split("=")[0].removeprefix("--")) in OF_GAME:
+            raise InputError(f"--{name} after --: the game sets it")
+    parse_ganpo_args([*aligner_flags(args), "--resume", "--out_dir=any"])  # refused now or never
+    return args
+
+
+def main(argv=None):
+    quiet()
+    try:
+        argv = sys.argv[1:] if argv is None else argv
+        args = parse_args(argv)
+        with ExitStack() as stack:
+            device = stack.enter_context(distributed.session(args.timeout))
+            play_all(args, argv, device, stack)
+    except (InputError, FloatingPointError, OSError) as error:
+        refuse("train_apo.py", error)
+
+
+if __name__ == "__main__":
+    main()
