@@ -1,4 +1,4 @@
-"""Pictures of what the other programs wrote; nothing is computed here but r and its interval.
+"""Pictures of what the other programs wrote, their means, errors and correlations.
 
     python plots.py out/run-000 out/run-001 [--out figures] [--temperature 0.7]
 
@@ -12,7 +12,7 @@ is left out, and said.
     margin.png        Fig 6-9       margins over training, with and without the adversarial term
     health.png        ours          discriminators over training, with what they would show if blind
 
-reproduce.py draws one more, regimes.
+reproduce.py draws two more, regimes and frontier.
 """
 
 import csv
@@ -85,6 +85,8 @@ def name_of(config: dict) -> str | None:
     loss = loss or config["loss"]
     if config["lambda_adv"] == 0:
         return loss
+    if config.get("critic") == "paired":
+        return f"{loss} + paired critic"
     return f"{loss} + MSE" if config["disc"] == "mse" else f"GANPO({loss})"
 
 
@@ -219,7 +221,7 @@ def margin(runs, args):
 
 
 def health(runs, args):
-    runs = [r for r in runs if any("d_ra" in row for row in r.metrics)]
+    runs = [r for r in runs if any("disc_acc_pos" in row for row in r.metrics)]
     if not runs:
         return None
     panels = [
@@ -232,6 +234,8 @@ def health(runs, args):
     for ax, (keys, title, neutral) in zip(axes.flat, panels, strict=True):
         for run in runs:
             for key, width in zip(keys, (2, 1), strict=False):
+                if not any(key in row for row in run.metrics):
+                    continue  # the paired critic has no d_ra
                 sign = f" {key[-3:]}" if len(keys) > 1 else ""
                 over_training(ax, run, key, run.name + sign, width)
         if neutral is not None:
@@ -276,6 +280,27 @@ def regimes(values: dict, regimes: list[str], title: str):
         ax.set(xlabel="learning rate of the policy", ylabel=f"strict accuracy at T = {t:g}, %")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     axes.flat[0].set_title(title, fontsize=9, loc="left")
+    return figure
+
+
+def frontier(curves: dict, title: str):
+    """reproduce.py's: curves[method] -> points, each three arrays over seeds: strict accuracy at
+    T = 1.0, 1.5 and 0.7, minus that of one method in the same worlds."""
+    figure, axes = canvas(1, 2)
+    for (method, points), style in zip(curves.items(), STYLES, strict=False):
+        mean = np.array([[v.mean() for v in point] for point in points]).T
+        error = np.array(
+            [[v.std(ddof=1) / len(v) ** 0.5 if len(v) > 1 else 0 for v in p] for p in points]
+        ).T
+        for ax, i in zip(axes.flat, (0, 1), strict=True):
+            bars = dict(xerr=error[i], yerr=error[2], capsize=2, elinewidth=0.7, markersize=4)
+            ax.errorbar(mean[i], mean[2], label=method, **bars, **style)
+    for ax, t in zip(axes.flat, (1.0, 1.5), strict=True):
+        ax.axhline(0, **NEUTRAL)
+        ax.axvline(0, **NEUTRAL)
+        ax.set(xlabel=f"strict accuracy at T = {t:g}, points", ylabel="strict accuracy at T = 0.7")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle(title, fontsize=9)
     return figure
 
 

@@ -13,7 +13,8 @@ import pytest
 import miniature
 import reproduce
 import train_ganpo
-from reproduce import CELLS, QUICK, Grid, flags_of, run_cell, verdict, with_error
+from reproduce import CELLS, QUICK, flags_of, run_cell
+from results import Grid, named_cells, verdict, with_error, write_results
 from test_miniature import SMALL
 
 
@@ -23,16 +24,17 @@ def test_every_cell_is_a_run_that_train_ganpo_takes_and_differs_from_the_others(
         args = vars(train_ganpo.parse_args(flags_of(cell)))
         parsed[cell] = json.dumps(args, sort_keys=True)
         assert args["dataset"] == "out/mini/seed0/train.jsonl"
-    same = {  # DPO of the lower rate is a control of the higher one's
-        (a, b) for a in parsed for b in parsed if a < b and parsed[a] == parsed[b]
-    }
-    assert same == {("far/lr_3e-4", "over/dpo")}
+    assert len(set(parsed.values())) == len(CELLS)
+    assert named_cells() <= set(CELLS)
     assert set(QUICK.split()) <= set(CELLS) and len(QUICK.split()) == 8
 
 
-def test_two_standard_errors_decide():
-    up = np.array([1.0, 1.5, 0.5])
+def test_a_95_percent_interval_decides():
+    up = np.array([1.0, 1.4, 0.6])  # 1 +- 0.23, times 4.30 below 1
     assert verdict(up) == "reproduces" and verdict(-up) == "reversed"
+    assert verdict(np.array([1.0, 1.5, 0.5])) == "does not reproduce"  # 0.29 x 4.30 above 1
+    five = np.array([1.0, 1.5, 0.5, 1.7, 0.3])
+    assert verdict(five, ("above", "undecided", "below")) == "above"
     assert verdict(np.array([1.0, -1.5, 0.7])) == "does not reproduce"
     assert verdict(up[:1]) == "one seed: no verdict"
     error = np.std(up, ddof=1) / 3**0.5
@@ -47,6 +49,7 @@ def small_grid(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(reproduce, "PROMPTS", 20)
+        patch.setattr(reproduce, "APO", ["--prompts=32", "--max_new_tokens=16", "--rounds=2"])
         build = miniature.build
         patch.setattr(
             miniature, "build", lambda seed, log=print: build(seed, log=lambda line: 0, sizes=SMALL)
@@ -54,10 +57,10 @@ def small_grid(tmp_path_factory):
         cells, seeds = ["mild/dpo", "mild/ganpo", "over/paired"], [0, 1]
         for seed in seeds:
             reproduce.prepare(seed)
-            for cell in ("reference", "reward", *cells):
+            for cell in ("reference", "reward", "apo", *cells):
                 run_cell(seed, cell)
-        grid = Grid(seeds, cells)
-        reproduce.write_results(grid, folder / "RESULTS.md", 0)
+        grid = Grid(seeds, cells, apo=True)
+        write_results(grid, folder / "RESULTS.md")
         yield folder, grid
 
 
@@ -80,6 +83,12 @@ def test_a_small_grid_gives_tables_of_its_own_numbers(small_grid):
     )
     assert re.search(r"\| Fig 4 \| the discriminator .* T = 2.0 \| r [+-]0\.\d\d", text)
     assert "| over/paired |" in text and (folder / "RESULTS.png").stat().st_size > 10_000
+    rounds = [
+        {(r["variant"], r["round"]): r for r in csv.DictReader(path.open())}
+        for path in sorted(folder.glob("out/reproduce/seed?/apo/run/rounds.csv"))
+    ]
+    a, b = (float(r["apo", "2"]["rm_acc"]) - float(r["apo", "1"]["rm_acc"]) for r in rounds)
+    assert f"| round 2 minus round 1 | {(a + b) / 2:+.1f} +- {abs(a - b) / 2:.1f} |" in text
     with (folder / "RESULTS.csv").open() as file:
         rows = {(r["seed"], r["cell"], r["temperature"]): r for r in csv.DictReader(file)}
     assert len(rows) == 2 * 4 * 6  # with the reference
@@ -98,3 +107,6 @@ def test_finished_cells_are_left_alone_and_the_baseline_is_sampled_once(small_gr
         b = home / "mild/dpo/eval-mini" / f"baseline-T{t}.jsonl"
         assert a.read_text() == b.read_text()
     assert "baseline" not in (home / "mild/dpo/log").read_text().split("judge")[0]
+    monkeypatch.setitem(reproduce.CELLS, "mild/dpo", ["--lambda_adv=0", "--beta=0.2"])
+    with pytest.raises(TypeError, match="not callable"):  # its settings have changed: again
+        run_cell(0, "mild/dpo")

@@ -1,0 +1,397 @@
+"""What reproduce.py's cells measured, as RESULTS.md, its csv and its figures.
+
+grid = Grid(seeds, cells, apo)           # reads out/reproduce
+write_results(grid, Path("RESULTS.md"))
+"""
+
+import csv
+import json
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+import plots
+
+ROOT = Path("out/reproduce")
+TEMPERATURES = (0.0, 0.5, 0.7, 1.0, 1.2, 1.5)
+REGIMES = {"mild": "1e-4", "over": "3e-4", "far": "6e-4"}  # the policy's learning rate
+APO_WORLDS = 3
+FIG_4 = "mild/ganpo"  # its answers are scored by its discriminators and a reward model too
+
+# ---------------------------------------------------------------------- what they measured
+
+
+def measures(seed: int, cell: str) -> dict:
+    """(what, temperature) or what -> a number, from the files of one cell."""
+    folder = ROOT / f"seed{seed}" / cell
+    found = {}
+    for row in json.loads((folder / "eval-mini" / "results.json").read_text()):
+        found |= {(k, row["temperature"]): v for k, v in row.items() if isinstance(v, int | float)}
+    if (folder / "run" / "metrics.csv").exists():
+        with (folder / "run" / "metrics.csv").open() as file:
+            rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        for key in rows[-1]:  # the last fifth of the run
+            values = [row[key] for row in rows[-len(rows) // 5 :] if key in row]
+            found[key] = sum(values) / len(values)
+        found["seconds"] = sum(row["seconds"] for row in rows)
+    scores = [json.loads(x) for x in (folder / "eval-mini" / "scores.jsonl").open()]
+    for t in (1.5, 2.0):
+        here = [s for s in scores if s["temperature"] == t]
+        for key in ("critic_pos", "reward"):
+            if here and key in here[0]:
+                found["r_" + key, t] = plots.pearson(*columns(here, key, "score"), draws=2)[0]
+    here = [s for s in scores if s["temperature"] == 0.7 and s["win"] is not None]
+    if here:
+        length, win = columns(here, "length", "win")
+        found["win_long"] = 100 * win[length > np.quantile(length, 0.75)].mean()
+    return found
+
+
+def columns(rows, *keys):
+    return np.array([[row[k] for k in keys] for row in rows], dtype=float).T
+
+
+class Grid:
+    """All measures of all seeds."""
+
+    def __init__(self, seeds, cells, apo):
+        self.seeds, self.cells = seeds, cells
+        self.rounds = [apo_rounds(seed) for seed in seeds[:APO_WORLDS]] if apo else []
+        self.of = {(s, c): measures(s, c) for c in ["reference", *cells] for s in seeds}
+
+    def values(self, cell, key) -> np.ndarray:
+        return np.array([self.of[s, cell].get(key, np.nan) for s in self.seeds])
+
+    def show(self, cell, key, places=1) -> str:
+        return with_error(self.values(cell, key), places)
+
+    def difference(self, a, b, key, places=1) -> str:
+        return with_error(self.values(a, key) - self.values(b, key), places, sign="+")
+
+
+def apo_rounds(seed: int) -> dict:
+    """(variant, round) -> a row of rounds.csv."""
+    with (ROOT / f"seed{seed}" / "apo" / "run" / "rounds.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    found = {}
+    for row in rows:
+        who = row.pop("variant"), int(row.pop("round"))
+        found[who] = {k: float(v) for k, v in row.items() if v}
+    return found
+
+
+def with_error(values, places, sign="") -> str:
+    if np.isnan(values).any():
+        return "-"
+    text = f"{values.mean():{sign}.{places}f}"
+    return f"{text} +- {error_of(values):.{places}f}" if len(values) > 1 else text
+
+
+def error_of(values) -> float:
+    return values.std(ddof=1) / len(values) ** 0.5
+
+
+# Student's t at 97.5 % for n - 1 degrees of freedom, n = 2, 3, ...
+T_975 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
+
+
+def verdict(values, words=("reproduces", "does not reproduce", "reversed")) -> str:
+    """Of a difference over worlds: whether its 95 % interval lies above 0, holds it, or lies
+    below."""
+    n = len(values)
+    if n < 2:
+        return "one seed: no verdict"
+    t = values.mean() / max(error_of(values), 1e-12)
+    limit = T_975[min(n - 2, len(T_975) - 1)]
+    return words[0] if t > limit else words[2] if t < -limit else words[1]
+
+
+def claims(grid):
+    """-> per claim: where in the paper, what it says, what was measured, the verdict."""
+    lc, win, strict = ("lc_win_rate", 0.7), ("win_rate", 0.7), ("strict_acc", 0.7)
+    rows = []
+
+    def claim(where, what, a, b, *keys, places=1):
+        if {a, b} <= set(grid.cells):
+            measured = "; ".join(f"{name} {grid.difference(a, b, k, places)}" for name, k in keys)
+            first = grid.values(a, keys[0][1]) - grid.values(b, keys[0][1])
+            rows.append((where, what, measured, verdict(first)))
+
+    for a, b, names in (("ganpo", "dpo", "GANPO(DPO) above DPO"),
+                        ("ganpo_simpo", "simpo", "GANPO(SimPO) above SimPO")):  # fmt: skip
+        claim("Table 1", names, f"mild/{a}", f"mild/{b}", ("length-controlled win rate", lc),
+              ("win rate", win), ("strict", strict))  # fmt: skip
+    for key, name in (("win_rate", "win rate"), ("strict_acc", "strict accuracy")):
+        if "mild/ganpo" in grid.cells:
+            gap = [
+                grid.values("mild/ganpo", (key, t)) - grid.values("mild/dpo", (key, t))
+                for t in (1.5, 0.5)
+            ]
+            measured = (
+                f"at T = 1.5 {with_error(gap[0], 1, '+')}, at 0.5 {with_error(gap[1], 1, '+')}"
+            )
+            rows.append(
+                ("Fig 3", f"the gap in {name} widens with T", measured, verdict(gap[0] - gap[1]))
+            )
+    if FIG_4 in grid.cells:
+        what = "the discriminator follows the judge better than a reward model"
+        for t in (1.5, 2.0):
+            ours, reward = (grid.values(FIG_4, (f"r_{key}", t)) for key in ("critic_pos", "reward"))
+            measured = f"r {with_error(ours, 2, '+')} against {with_error(reward, 2, '+')}"
+            rows.append(("Fig 4", f"{what}, T = {t}", measured, verdict(ours - reward)))
+    claim("Fig 5", "GANPO wins more with long answers", "mild/ganpo", "mild/dpo",
+          ("win rate in the longest quarter", "win_long"))  # fmt: skip
+    for a, b in (("ganpo", "dpo"), ("ganpo_simpo", "simpo")):
+        claim("Fig 6-9", f"larger margins than {b}'s", f"mild/{a}", f"mild/{b}",
+              ("margin at the end", "margin"), places=3)  # fmt: skip
+    names = {"ganpo": "transformer", "mlp": "MLP", "mse": "fixed MSE"}
+    for regime in ("mild", "over"):
+        for better, worse in (("ganpo", "mlp"), ("mlp", "mse"), ("ganpo", "mse")):
+            what = f"{names[better]} above {names[worse]}, learning rate {REGIMES[regime]}"
+            keys = ("strict", strict), ("win rate", win)
+            claim("Table 3", what, f"{regime}/{better}", f"{regime}/{worse}", *keys)
+    return rows
+
+
+def apo_claims(grid):
+    """As claims, of train_apo.py's game."""
+
+    def of(variant, number, key):
+        return np.array([rounds[variant, number][key] for rounds in grid.rounds])
+
+    last = max(number for _, number in grid.rounds[0])
+    gain = {n: of("apo", n, "strict_acc") - of("frozen", n, "strict_acc") for n in (1, last)}
+    ends = f"round {last} minus round 1"
+    rows = [
+        ("the reward model's accuracy rises, 63.0 to 67.6", ends, 1,
+         of("apo", last, "rm_acc") - of("apo", 1, "rm_acc")),
+        ("its calibration worsens, .019 to .031", ends, 3,
+         of("apo", last, "rm_ece") - of("apo", 1, "rm_ece")),
+        ("above plain rejection sampling", f"strict in round {last}, minus the frozen one's", 1,
+         gain[last]),
+        ("the same, sampled at T = 1", f"strict in round {last}, minus the frozen one's", 1,
+         of("apo", last, "sampled_acc") - of("frozen", last, "sampled_acc")),
+        ("above where it began, sampled at T = 1", f"strict in round {last}, minus the start's", 1,
+         of("apo", last, "sampled_acc") - of("start", 0, "sampled_acc")),
+        ("the gain over plain rejection sampling grows over rounds", ends, 1, gain[last] - gain[1]),
+        ("without human pairs accuracy falls, to 56.6", f"apo minus gail, round {last}", 1,
+         of("apo", last, "rm_acc") - of("gail", last, "rm_acc")),
+        ("without them calibration worsens, to .167", f"gail minus apo, round {last}", 3,
+         of("gail", last, "rm_ece") - of("apo", last, "rm_ece")),
+    ]  # fmt: skip
+    return [
+        (what, how, with_error(values, places, "+"), verdict(values))
+        for what, how, places, values in rows
+    ]
+
+
+def apo_table(grid) -> str:
+    keys = {"rm_acc": 1, "rm_ece": 3, "strict_acc": 1, "mean_score": 3, "sampled_acc": 1}
+    rows = [
+        (*who, *(with_error(np.array([r[who].get(k, np.nan) for r in grid.rounds]), places)
+                 for k, places in keys.items()))
+        for who in grid.rounds[0]
+    ]  # fmt: skip
+    header = [
+        "reward model",
+        "round",
+        "its accuracy",
+        "ECE",
+        "strict, T = 0.3",
+        "gold",
+        "strict, sampled at T = 1",
+    ]
+    return markdown(header, rows)
+
+
+RIVALS = {  # what each should beat, learning rate by learning rate
+    "paired": ["mse"],
+    "paired_h": ["mse"],
+    "paired_beta": ["paired", "mse", "mse_beta"],
+}
+AGAINST = [(f"{r}/{c}", f"{r}/{d}") for c, ds in RIVALS.items() for d in ds for r in REGIMES]
+AGAINST += [("far/paired_3", "far/mse_1"), ("far/paired_30", "far/mse_10")]
+
+
+def named_cells() -> set[str]:
+    strengths = {f"far/{cell}" for cells in STRENGTHS.values() for cell in cells}
+    return strengths | {cell for pair in AGAINST for cell in pair}
+
+
+def rivals(grid):
+    """-> per pair of AGAINST both cells, their differences in strict accuracy, who is ahead."""
+    rows, keys = [], [("strict_acc", t) for t in (0.0, 0.7, 1.0, 1.5)]
+    for critic, distance in AGAINST:
+        if {critic, distance} <= set(grid.cells):
+            differences = [grid.difference(critic, distance, key) for key in keys]
+            first = grid.values(critic, keys[1]) - grid.values(distance, keys[1])
+            rows.append(
+                (critic, distance, *differences, verdict(first, ("above", "undecided", "below")))
+            )
+    return rows
+
+
+def targets(grid):
+    """What was asked of the paired critic before it was measured -> that, the difference, a verdict
+    (by the mean)."""
+    key, rows = ("strict_acc", 0.7), []
+    best = max(("far/beta_1", "far/beta_3"), key=lambda c: grid.values(c, key).mean())
+    for cell, other, least in (
+        ("over/paired", "over/dpo", 12), ("far/paired", "far/dpo", 12),
+        ("mild/paired", "mild/dpo", -1), ("over/paired", "over/mse", 0),
+        ("far/paired", "far/mse", 0), ("far/paired", best, 0),
+    ):  # fmt: skip
+        d = grid.values(cell, key) - grid.values(other, key)
+        met = "met" if d.mean() >= least else "not met"
+        rows.append((f"{cell} minus {other}", f"at least {least}", with_error(d, 1, "+"), met))
+    return rows
+
+
+# ---------------------------------------------------------------------- RESULTS.md
+
+
+def markdown(header, rows) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def method_table(grid, regime) -> str:
+    cells = [c for c in grid.cells if c.startswith(regime + "/")]
+    base = f"{regime}/dpo"
+    rows = []
+    for cell in ["reference", *cells]:
+        row = [cell.split("/")[-1]]
+        row += [grid.show(cell, ("strict_acc", t)) for t in (0.0, 0.7, 1.0, 1.5)]
+        versus = {cell, base} <= set(cells) and cell != base
+        row.append(grid.difference(cell, base, ("strict_acc", 0.7)) if versus else "")
+        row += [grid.show(cell, ("win_rate", 0.7)), grid.show(cell, ("lc_win_rate", 0.7))]
+        row += [grid.show(cell, ("mean_score", 0.7), 3), grid.show(cell, ("avg_length", 0.7))]
+        rows.append(row)
+    header = ["", *(f"strict, T = {t}" for t in (0, 0.7, 1.0, 1.5)), "minus DPO, T = 0.7",
+              "win rate", "length-controlled", "gold", "length"]  # fmt: skip
+    return markdown(header, rows)
+
+
+def health_table(grid) -> str:
+    keys = {"margin": 3, "latent_mse": 4, "disc_acc_pos": 2, "disc_acc_neg": 2}
+    keys |= {"adv_to_opo_grad": 3, "adv_align": 2, "seconds": 0}
+    rows = [[c, *(grid.show(c, k, places) for k, places in keys.items())] for c in grid.cells]
+    header = ["", "margin", "latent distance", "D acc +", "D acc -", "gradient ratio", "alignment",
+              "seconds, one core"]  # fmt: skip
+    return markdown(header, rows)
+
+
+def write_csv(grid, path):
+    """What the tables are made of: a row per seed, cell and temperature."""
+    keys = "strict_acc mean_score win_rate lc_win_rate avg_length".split()
+    with path.open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["seed", "cell", "temperature", *keys])
+        for (seed, cell), found in grid.of.items():
+            for t in TEMPERATURES:
+                values = [found.get((key, t)) for key in keys]
+                table.writerow([seed, cell, t, *("" if v is None else f"{v:.6g}" for v in values)])
+
+
+def draw_regimes(grid, path):
+    methods = {"DPO": "dpo", "GANPO(DPO), Eq 18-20": "ganpo", "DPO, beta 1": "beta_1"}
+    methods |= {"paired critic, differences": "paired", "paired critic, latents": "paired_h"}
+    methods |= {"fixed MSE": "mse"}
+    values = {
+        (method, t): [
+            grid.values(f"{regime}/{name}", ("strict_acc", t))
+            if f"{regime}/{name}" in grid.cells
+            else None
+            for regime in REGIMES
+        ]
+        for t in (0.7, 1.0)
+        for method, name in methods.items()
+    }
+    values = {k: v for k, v in values.items() if any(x is not None for x in v)}
+    title = f"{len(grid.seeds)} worlds, +- standard error"
+    plots.save(plots.regimes(values, list(REGIMES.values()), title), path)
+
+
+STRENGTHS = {  # of an anchor, weak to strong, at the highest learning rate
+    "fixed MSE, lambda 1, 3, 10": ["mse_1", "mse", "mse_10"],
+    "paired critic, lambda 3, 10, 30": ["paired_3", "paired", "paired_30"],
+    "DPO, beta 1, 3": ["beta_1", "beta_3"],
+    "fixed MSE and beta 0.5": ["mse_beta"],
+    "paired critic and beta 0.5": ["paired_beta"],
+}
+BEYOND = """A mean over worlds decides the first table, a 95 % interval the second. The paired
+critic of differences reads h_theta - h_ref alone, so at best it is a learned norm: its push lies
+along h_ref - h_theta (`alignment` under Training) and vanishes with it, as a fixed distance's does,
+but less straight. The critic of latents learns more slowly than the policy moves. A stronger critic
+(lambda 30) goes along the curve on which stronger fixed distances lie, a little inside it. A second
+anchor, on the log-probabilities (beta 0.5 in place of 0.1), brings the paired critic level with the
+fixed distance alone, and not above one that has the second anchor too. In the figure a method is a
+curve, one point per strength of its anchor, all relative to fixed MSE with lambda 3."""
+
+
+def draw_frontier(grid, path):
+    def point(cell):
+        keys = [("strict_acc", t) for t in (1.0, 1.5, 0.7)]
+        return [grid.values(f"far/{cell}", k) - grid.values("far/mse", k) for k in keys]
+
+    curves = {name: [point(cell) for cell in cells] for name, cells in STRENGTHS.items()}
+    title = f"learning rate {REGIMES['far']}, {len(grid.seeds)} worlds, +- standard error"
+    plots.save(plots.frontier(curves, title + ", minus fixed MSE with lambda 3"), path)
+
+
+def write_results(grid, path):
+    versions = ", ".join(f"{n} {version(n)}" for n in ("torch", "transformers", "numpy"))
+    jobs = [*grid.of, *((seed, "reward") for seed in grid.seeds)]
+    jobs += [(seed, "apo") for seed in grid.seeds[: len(grid.rounds)]]
+    done = [json.loads((ROOT / f"seed{s}" / c / "done.json").read_text()) for s, c in jobs]
+    took = f"{len(done)} cells, {sum(d['seconds'] for d in done) / 3600:.1f} hours of one core"
+    seeds, prompts = ", ".join(map(str, grid.seeds)), int(grid.values("reference", ("n", 0.7))[0])
+    parts = [
+        "# The paper's claims in miniature",
+        f"Written by `python reproduce.py` on {date.today()} ({versions}); {took}. Seeds {seeds}:"
+        f" {len(grid.seeds)} worlds, {prompts} held-out prompts each, an exact judge; mean +-"
+        " standard error over the worlds; differences are paired. Win rates are against the"
+        " reference, in percent, as is strict accuracy. Nothing here is a claim about models of two"
+        " billion parameters.",
+        "## Claims",
+        "A claim reproduces if the 95 % interval of what was measured (Student's t over the worlds)"
+        " lies above 0, and is reversed if it lies below; one in twenty would be decided by"
+        " chance if nothing were the case.",
+        markdown(["paper", "claim", "measured", "verdict"], claims(grid)),
+    ]
+    parts.append(f"![strict accuracy at three learning rates]({path.with_suffix('.png').name})")
+    for regime, lr in REGIMES.items():
+        if any(c.startswith(regime + "/") for c in grid.cells):
+            parts += [f"## Methods at learning rate {lr} ({regime})", method_table(grid, regime)]
+    if named_cells() <= set(grid.cells):
+        frontier = path.with_name(path.stem + "-frontier.png")
+        draw_frontier(grid, frontier)
+        columns = [f"T = {t}" for t in (0, 0.7, 1.0, 1.5)]
+        parts += [
+            "## Is a learned critic better than a fixed distance?",
+            BEYOND,
+            markdown(["strict accuracy at T = 0.7", "asked", "measured", ""], targets(grid)),
+            markdown(["critic", "minus", *columns, "critic, T = 0.7"], rivals(grid)),
+            f"![strict accuracy, cold and hot, by strength]({frontier.name})",
+        ]
+    if grid.rounds:
+        seeds = ", ".join(map(str, grid.seeds[: len(grid.rounds)]))
+        parts += [
+            "## Adversarial Preference Optimization",
+            f"`train_apo.py` with its defaults, seeds {seeds}. Accuracy and calibration error (ECE)"
+            " of the reward model on held-out pairs of the noisy annotator, strict accuracy and"
+            " gold score of the LLM after the round. The paper's numbers are of 7B models.",
+            markdown(["claim", "measure", "measured", "verdict"], apo_claims(grid)),
+            apo_table(grid),
+        ]
+    parts += [
+        "## Training",
+        "Means over the last fifth of the steps; alignment is the cosine of the adversarial push"
+        " and h_ref - h_theta.",
+        health_table(grid),
+    ]
+    path.write_text("\n\n".join(parts) + "\n")
+    write_csv(grid, path.with_suffix(".csv"))
+    draw_regimes(grid, path.with_suffix(".png"))
