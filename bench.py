@@ -225,6 +225,7 @@ def model_flops(args, config, cut, recomputed: bool) -> float:
 
 
 def measure(args, train_args, steps, model_dir) -> dict:
+    """One step to warm up, then --steps timed ones -> rates, peak, seconds by phase."""
     device, config = distributed.start(train_args.timeout), AutoConfig.from_pretrained(model_dir)
     dtype = DTYPES[train_args.dtype]
     cut = estimate.survey(steps[1:], train_args, dist.get_world_size())

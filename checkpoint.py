@@ -75,7 +75,7 @@ def claim_with_config(args, stack, fingerprint, **more) -> Path:
     return folder
 
 
-def open_run(out_dir, config, start, last) -> bool:
+def open_run(out_dir: Path, config: dict, start: int, last: int) -> bool:
     """Rank 0 makes the folder ready for the steps to come -> False if nothing is left to do."""
     exports = [out_dir / "hf"] + [out_dir / "final.csv"] * (config["final_eval"] > 0)
     if start >= last and all(path.exists() for path in exports):
@@ -201,7 +201,7 @@ def finish(unfinished, folder, manifest, keep):
         shutil.rmtree(other)
 
 
-def write_synced(path, text):
+def write_synced(path: Path, text: str):
     """The whole text or, whatever happens, what was there before."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     with unfinished.open("w") as file:
@@ -268,7 +268,7 @@ def newest_state(out_dir) -> dict | None:
     return None
 
 
-def load_state(out_dir, manifest, *players):
+def load_state(out_dir, manifest: dict, *players):
     """Puts everything back as save_state found it. Any number of ranks may have written it; a rank
     that was not there has no generator state to take up."""
     policy, optimizer, critics, critic_optimizer = players
@@ -289,7 +289,7 @@ def load_state(out_dir, manifest, *players):
 # ---------------------------------------------------------------------- exports
 
 
-def export_policy(policy, tokenizer, folder):
+def export_policy(policy, tokenizer, folder: Path):
     """The policy as a Hugging Face folder in its own precision: the same logits when loaded
     again. The folder appears whole."""
     weights, unfinished = {}, folder.with_name(".hf.unfinished")
@@ -321,7 +321,7 @@ def save_discriminators(path, critics, settings: dict):
         unfinished.rename(path)
 
 
-def load_discriminators(path, device="cpu"):
+def load_discriminators(path, device="cpu") -> dict[str, torch.nn.Module]:
     """-> {"disc_pos": critic, "disc_neg": critic} in eval mode, as save_discriminators wrote
     them."""
     saved = torch.load(path, map_location=device, weights_only=True)

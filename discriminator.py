@@ -4,6 +4,7 @@ scores.
     disc = build_discriminator("transformer", hidden_size=2304)
     scores = disc(h, attention_mask)          # h (B, T, H), attention_mask (B, T) -> (B,)
 
+Shapes: B texts, T tokens, H the models' hidden size, D the critic's own.
 Two are trained: disc_pos on chosen responses, disc_neg on rejected ones. Everything is computed in
 the weights' precision, fp32, except matrix products under the caller's autocast [choice 10]; the
 paired critic's callers have none, for the sake of its slopes.

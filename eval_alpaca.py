@@ -110,6 +110,7 @@ def read_alpaca_baseline(args) -> list[dict]:
 
 
 def read_prompts(args) -> list[Prompt]:
+    """Of --prompts. InputError for a row without text, an instruction twice, or no rows."""
     if args.prompts == "alpaca_eval":
         rows = read_alpaca_baseline(args)
     else:

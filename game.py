@@ -7,10 +7,12 @@ graph is freed as soon as it has gone backward.
 Shapes: B pairs on all ranks, b pairs in one micro-batch, L tokens, H hidden.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import distributed
@@ -28,8 +30,10 @@ from losses import (
 )
 from policy import at_least_fp32
 
+Terms = Iterator[tuple[Tensor, Tensor]]
 
-def critic_settings(args, config):
+
+def critic_settings(args, config) -> dict:
     """build_discriminator's arguments, also saved beside the weights."""
     names = ("disc_hidden", "disc_layers", "disc_dropout")
     sizes = {name.removeprefix("disc_"): getattr(args, name) for name in names}
@@ -40,7 +44,7 @@ def critic_settings(args, config):
     return own | sizes | common
 
 
-def build_critics(args, config):
+def build_critics(args, config) -> torch.nn.ModuleDict | None:
     """Both discriminators, or None where the settings need none."""
     if args.lambda_adv == 0 or args.disc == "mse":
         return None
@@ -54,7 +58,7 @@ def build_critics(args, config):
         )
 
 
-def autocast(device, dtype, tensors):
+def autocast(device: torch.device, dtype: torch.dtype, tensors: torch.device):
     """Of the critics' products on a device, here of tensors that may lie on another [choice 10]."""
     bf16 = device.type == "cuda" and dtype == torch.bfloat16
     return partial(torch.autocast, tensors.type, torch.bfloat16, enabled=bf16)
@@ -63,7 +67,7 @@ def autocast(device, dtype, tensors):
 # ---------------------------------------------------------------------- the paper's: Eq 18-20
 
 
-def own_scores(run, h, mask):
+def own_scores(run, h: Tensor, mask: Tensor) -> Tensor:
     """Latents (2b, L, H), chosen first -> (2, b): disc_pos on chosen, disc_neg on rejected. With
     --checkpointing they too keep their inputs only."""
     pos, neg = mask.chunk(2)
@@ -76,7 +80,7 @@ def own_scores(run, h, mask):
     return torch.stack(scores)
 
 
-def quad_scores(run, h_ref, h_theta, mask):
+def quad_scores(run, h_ref: Tensor, h_theta: Tensor, mask: Tensor) -> Tensor:
     """Line 12: latents (2b, L, H), chosen first -> (2, 3, b), per critic s_ref, s_theta,
     s_other."""
     b = len(mask) // 2
@@ -86,7 +90,7 @@ def quad_scores(run, h_ref, h_theta, mask):
     return torch.stack([own_scores(run, h, m) for h, m in quad], dim=1)
 
 
-def update_critics(run, kept, sums, step):
+def update_critics(run, kept: list, sums: dict, step: int) -> dict:
     """Lines 13-19: means, losses and one update of both discriminators, on the global scores (2, 3,
     B), of which this rank's part carries its graph -> metrics."""
     scores = all_ranks(torch.cat([out.scores for out in kept], dim=-1))
@@ -112,7 +116,7 @@ def update_critics(run, kept, sums, step):
     return metrics
 
 
-def adversarial_gradient(run, s_theta, s_ref):
+def adversarial_gradient(run, s_theta: Tensor, s_ref: Tensor | None) -> tuple[Tensor, Tensor]:
     """Line 22, Eq 18: L_adv of the updated discriminators' scores, this rank's (2, b); s_ref only
     for --mean batch -> L_adv on the global batch, and its gradient with respect to this rank's
     s_theta."""
@@ -129,7 +133,7 @@ def adversarial_gradient(run, s_theta, s_ref):
     return loss.detach(), grad.chunk(run.world, dim=-1)[run.rank]
 
 
-def adversarial_terms(run, kept, sums, metrics):
+def adversarial_terms(run, kept: list, sums: dict, metrics: dict) -> Terms:
     """The terms by the chain rule: dL_adv/ds times s."""
     s_theta, s_ref = [own_scores(run, out.h, out.mask) for out in kept], None
     if run.args.mean == "batch":
@@ -142,7 +146,7 @@ def adversarial_terms(run, kept, sums, metrics):
 # ---------------------------------------------------------------------- the paired one
 
 
-def by_critic(run, out):
+def by_critic(run, out: SimpleNamespace):
     """For each critic its sign and it, then latents (b, L, H) of the policy and the reference with
     their mask, and the reference's of the opposite sign with theirs; in fp32 at least."""
     h, h_ref = (at_least_fp32(x).chunk(2) for x in (out.h, out.h_ref))
@@ -152,7 +156,7 @@ def by_critic(run, out):
         yield sign, critic, h[i], h_ref[i], mask[i], h_ref[o], mask[o]
 
 
-def paired_update(run, kept, sums, step):
+def paired_update(run, kept: list, sums: dict, step: int) -> dict:
     """--disc_steps updates of both critics on the step's detached latents -> metrics. Their losses
     are means over pairs, so gradients of micro-batches and ranks add up."""
     args, metrics = run.args, {}
@@ -183,7 +187,7 @@ def paired_update(run, kept, sums, step):
     return metrics
 
 
-def paired_terms(run, kept, sums, metrics):
+def paired_terms(run, kept: list, sums: dict, metrics: dict) -> Terms:
     """The terms: half the sum of both critics' losses for the policy, a mean over pairs."""
     while kept:
         out, losses = kept.pop(0), 0

@@ -1,13 +1,16 @@
 """What a step measures: sums over pairs on every rank, of which one all-reduce makes the exact
-means in metrics.csv (its columns: report.py)."""
+means in metrics.csv (its columns: report.py). Shapes: b pairs of a micro-batch, T tokens of its
+packed row, H hidden."""
 
 import math
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 
-from losses import rewards
+from data import Packed
+from losses import LogProbs, rewards
 from policy import at_least_fp32
 
 
@@ -23,7 +26,7 @@ def refuse_what_is_not_finite(metrics: dict, watched: list, step: int):
             )
 
 
-def offenders(watched) -> list[int]:
+def offenders(watched: list) -> list[int]:
     """The rows, on all ranks, of which some value is not finite; all of the step's if it was only a
     gradient."""
     mine = []
@@ -36,7 +39,7 @@ def offenders(watched) -> list[int]:
     return sorted({row for row, finite in found if not finite} or {row for row, _ in found})
 
 
-def add_alignment(sums, towards):
+def add_alignment(sums: dict, towards: Tensor):
     """A gradient hook: the cosine, token by token, of the push -gradient with `towards` (T, H), the
     way to the reference."""
 
@@ -48,7 +51,7 @@ def add_alignment(sums, towards):
     return hook
 
 
-def add_squares(sums, name):
+def add_squares(sums: dict, name: str):
     """A gradient hook that adds |gradient|^2 to sums[name]."""
 
     def hook(grad):
@@ -58,7 +61,7 @@ def add_squares(sums, name):
 
 
 @torch.no_grad()
-def sum_pairs(sums, lp, losses, batch, args):
+def sum_pairs(sums: dict, lp: LogProbs, losses: Tensor, batch: Packed, args):
     """Adds a micro-batch to the sums over pairs that become metrics."""
     chosen, rejected = rewards(lp, args)
     sums["loss_opo"] += losses.sum()
@@ -68,7 +71,7 @@ def sum_pairs(sums, lp, losses, batch, args):
     sums["tokens"] += batch.real_tokens
 
 
-def reduce_metrics(sums, metrics, args):
+def reduce_metrics(sums: dict, metrics: dict, args) -> dict[str, float]:
     """One all-reduce of the sums over pairs, one transfer to the host -> floats."""
     device = metrics["grad_norm"].device
     total = torch.stack(

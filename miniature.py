@@ -175,6 +175,7 @@ class Verdict(NamedTuple):
 
 
 def judge(task: Task, answer: str) -> Verdict:
+    """Exact: every check of the task's family on the stripped answer, each 0 to 1."""
     checks = OPEN[task.family] if task.family in OPEN else closeness
     parts = checks(answer.strip(), *(task.args or [task.solution]))
     strict = float(all(part == 1 for part in parts))

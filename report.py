@@ -1,7 +1,8 @@
 """What a training run says: the header, one line per step, and the csv files. Rank 0 writes.
 
-Columns of metrics.csv are exact means over all pairs and ranks of the step, taken before its
-update; a column that a setting has no value for stays empty.
+Columns of metrics.csv are exact means over all pairs and ranks of the step, taken before the
+policy's update; those of the adversarial term (loss_adv, adv_to_opo_grad, adv_align) after the
+discriminators'. A column that a setting has no value for stays empty.
 """
 
 import csv
@@ -101,6 +102,8 @@ def neutral_values(args) -> str:
 
 
 def print_header(run, tokenizer, data, held_out, cut, needs):
+    """What this run is: settings, how steps are cut, memory, data, sizes, neutral values, and the
+    first pair as the model sees it."""
     args = run.args
     print0(" ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
     forwards = f"{cut.fewest}" if cut.fewest == cut.most else f"{cut.fewest} to {cut.most}"

@@ -82,14 +82,14 @@ def apo_rounds(seed: int) -> dict:
     return found
 
 
-def with_error(values, places, sign="") -> str:
+def with_error(values: np.ndarray, places: int, sign="") -> str:
     if np.isnan(values).any():
         return "-"
     text = f"{values.mean():{sign}.{places}f}"
     return f"{text} +- {error_of(values):.{places}f}" if len(values) > 1 else text
 
 
-def error_of(values) -> float:
+def error_of(values: np.ndarray) -> float:
     return values.std(ddof=1) / len(values) ** 0.5
 
 
@@ -108,7 +108,7 @@ def verdict(values, words=("reproduces", "does not reproduce", "reversed")) -> s
     return words[0] if t > limit else words[2] if t < -limit else words[1]
 
 
-def claims(grid):
+def claims(grid: Grid) -> list[tuple]:
     """-> per claim: where in the paper, what it says, what was measured, the verdict."""
     lc, win, strict = ("lc_win_rate", 0.7), ("win_rate", 0.7), ("strict_acc", 0.7)
     rows = []
@@ -155,7 +155,7 @@ def claims(grid):
     return rows
 
 
-def apo_claims(grid):
+def apo_claims(grid: Grid) -> list[tuple]:
     """As claims, of train_apo.py's game."""
 
     def of(variant, number, key):
@@ -187,7 +187,7 @@ def apo_claims(grid):
     ]
 
 
-def apo_table(grid) -> str:
+def apo_table(grid: Grid) -> str:
     keys = {"rm_acc": 1, "rm_ece": 3, "strict_acc": 1, "mean_score": 3, "sampled_acc": 1}
     rows = [
         (*who, *(with_error(np.array([r[who].get(k, np.nan) for r in grid.rounds]), places)
@@ -220,7 +220,7 @@ def named_cells() -> set[str]:
     return strengths | {cell for pair in AGAINST for cell in pair}
 
 
-def rivals(grid):
+def rivals(grid: Grid) -> list[tuple]:
     """-> per pair of AGAINST both cells, their differences in strict accuracy, who is ahead."""
     rows, keys = [], [("strict_acc", t) for t in (0.0, 0.7, 1.0, 1.5)]
     for critic, distance in AGAINST:
@@ -233,7 +233,7 @@ def rivals(grid):
     return rows
 
 
-def targets(grid):
+def targets(grid: Grid) -> list[tuple]:
     """What was asked of the paired critic before it was measured -> that, the difference, a verdict
     (by the mean)."""
     key, rows = ("strict_acc", 0.7), []
@@ -341,7 +341,7 @@ def draw_frontier(grid, path):
     plots.save(plots.frontier(curves, title + ", minus fixed MSE with lambda 3"), path)
 
 
-def write_results(grid, path):
+def write_results(grid: Grid, path: Path):
     versions = ", ".join(f"{n} {version(n)}" for n in ("torch", "transformers", "numpy"))
     jobs = [*grid.of, *((seed, "reward") for seed in grid.seeds)]
     jobs += [(seed, "apo") for seed in grid.seeds[: len(grid.rounds)]]

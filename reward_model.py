@@ -40,6 +40,7 @@ from checkpoint import (
 from data import (
     ChatEncoder,
     InputError,
+    Triplet,
     batch_indices,
     check_model_name,
     first_line,
@@ -125,7 +126,7 @@ def hidden_states(model, texts: list[list[int]]):
 # ---------------------------------------------------------------------- training
 
 
-def with_tail(triplets, encoder):
+def with_tail(triplets: list[Triplet], encoder: ChatEncoder) -> list[Triplet]:
     """Whole answers with what the template puts after the end of turn, as in RewardModel.score."""
 
     def add(ids):
@@ -141,7 +142,7 @@ def plain_loss(chosen, rejected, rows):
     return bradley_terry_loss(chosen, rejected)
 
 
-def fit(lm, triplets, args, device, out_dir, pair_loss=plain_loss):
+def fit(lm, triplets: list[Triplet], args, device, out_dir: Path, pair_loss=plain_loss):
     """--epochs of Adam on the mean of pair_loss(rewards of chosen, of rejected, rows of the data),
     (b,) each; logs, saves states, and takes up the newest one of out_dir."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -187,7 +188,7 @@ def fit(lm, triplets, args, device, out_dir, pair_loss=plain_loss):
 
 
 @torch.no_grad()
-def margins(lm, triplets, args, device):
+def margins(lm, triplets: list[Triplet], args, device) -> torch.Tensor:
     """reward(chosen) - reward(rejected) of every pair, in order, on all ranks, (B,) float64."""
     index = {t.row: i for i, t in enumerate(triplets)}
     found = torch.zeros(len(triplets), dtype=torch.float64, device=device)

@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 import distributed
 import miniature
@@ -64,12 +65,12 @@ COLUMNS = (
 # ---------------------------------------------------------------------- mathematics
 
 
-def difference_loss(reward_golden, reward_sample):
+def difference_loss(reward_golden: Tensor, reward_sample: Tensor) -> Tensor:
     """--apo_loss difference, the WGAN form: r(sample) - r(golden)  ->  (B,)"""
     return reward_sample - reward_golden
 
 
-def pair_loss(n_human, weight, form):
+def pair_loss(n_human: int, weight: float, form: str):
     """reward_model.fit's loss, of data whose first n_human rows are human pairs: Bradley-Terry for
     these, weight 1; for the game's, which follow, `form` times `weight` [choice 18]."""
     of_game = {"ranking": bradley_terry_loss, "difference": difference_loss}[form]
@@ -108,7 +109,7 @@ def best_and_worst(texts: list[str], rewards: list[float]) -> tuple[str, str]:
 # ---------------------------------------------------------------------- a round
 
 
-def read_golden(path) -> dict[str, str]:
+def read_golden(path: str) -> dict[str, str]:
     """prompt -> golden answer, the first of a prompt that is there twice."""
     golden = {}
     for i, row in enumerate(read_rows(path, "train")):

@@ -17,6 +17,7 @@ import shlex
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,8 @@ from checkpoint import (
 )
 from data import (
     InputError,
+    Packed,
+    Triplet,
     batch_indices,
     load_held_out,
     load_pairs,
@@ -78,7 +81,7 @@ FINAL_TEMPERATURES = 0.0, 0.7, 1.0
 # ---------------------------------------------------------------------- set-up
 
 
-def check_input(args, world, device):
+def check_input(args, world: int, device: torch.device):
     """All that can be refused before a weight is read -> tokenizer, config, data, held-out data."""
     if (
         args.dtype == "bfloat16"
@@ -107,7 +110,7 @@ def check_input(args, world, device):
     return tokenizer, config, data, held_out
 
 
-def build(args, config, device):
+def build(args, config, device: torch.device) -> SimpleNamespace:
     """Models, critics and optimisers, only those that the settings need -> `run`, which the rest
     takes: args, device, rank, world; policy and ref (policy.PackedLM, sharded; ref may be None),
     critics (ModuleDict of disc_pos and disc_neg, or None), their optimizer and critic_optimizer,
@@ -142,12 +145,12 @@ def build(args, config, device):
     return run
 
 
-def rise(step, steps):
+def rise(step: int, steps: int) -> float:
     """From 1 / steps at step 0 linearly to 1."""
     return min(1.0, (step + 1) / steps) if steps else 1.0
 
 
-def schedule(step, max_steps, warmup):
+def schedule(step: int, max_steps: int, warmup: float) -> float:
     """App. B's rate as a share of its peak: (t + 1) / W for t < W = ceil(warmup T), then cosine to
     0."""
     warmup_steps = math.ceil(warmup * max_steps)
@@ -159,7 +162,7 @@ def schedule(step, max_steps, warmup):
 # ---------------------------------------------------------------------- Algorithm 1
 
 
-def two_models(run, batch, head_probe=None):
+def two_models(run, batch: Packed, head_probe=None):
     """Lines 7-10: a micro-batch through policy and reference -> LogProbs and both latents, (T, H)
     each; the reference's are None where there is none."""
     h_ref, ref_logp = None, (None, None)
@@ -171,7 +174,7 @@ def two_models(run, batch, head_probe=None):
     return LogProbs(*out.logp.chunk(2), *ref_logp, *batch.lengths.chunk(2)), out.h[0], h_ref
 
 
-def forward_pairs(run, batch, sums):
+def forward_pairs(run, batch: Packed, sums: dict) -> SimpleNamespace:
     """Lines 7-12 on one micro-batch -> what the step needs of it, with graphs: losses (b,); latents
     h and h_ref (2b, L, H) with their mask, or mse (b,) for --disc mse; scores of detached latents
     (2, 3, b); and watched, without graphs, what should be finite of each pair. Adds to the sums
@@ -201,7 +204,7 @@ def forward_pairs(run, batch, sums):
     return out
 
 
-def train_step(run, batches, step):
+def train_step(run, batches: Iterable[Packed], step: int) -> dict[str, float]:
     """One step of Algorithm 1 on this rank's micro-batches -> metrics of the global batch, floats.
 
     What depends on the whole batch (means, both adversarial losses) is computed from the scores of
@@ -260,7 +263,7 @@ def set_lr(optimizer, lr):
 
 
 @torch.no_grad()
-def check_start(run, batch):
+def check_start(run, batch: Packed):
     """Before the first step policy and reference are one function: equal latents and scores,
     rewards 0, DPO's loss ln 2, IPO's 1 / (4 beta^2), critics that cannot tell apart.
     FloatingPointError if not."""
@@ -296,25 +299,25 @@ def check_start(run, batch):
 # ---------------------------------------------------------------------- the loop
 
 
-def pairs_of(data, step, args):
+def pairs_of(data, step: int, args) -> list[Triplet]:
     order = batch_indices(step, len(data.triplets), args.batch_size, args.seed)
     return [data.triplets[i] for i in order]
 
 
-def my_forwards(run, pairs):
+def my_forwards(run, pairs: list[Triplet]) -> list[list[Triplet]]:
     """This rank's share of the pairs, forward by forward, as many on every rank."""
     args = run.args
     parts = plan_forwards(pairs, run.world, args.micro_batch_size, args.micro_tokens)
     return [part[run.rank] for part in parts]
 
 
-def micro_batches(run, data, step):
+def micro_batches(run, data, step: int) -> Iterator[Packed]:
     for mine in my_forwards(run, pairs_of(data, step, run.args)):
         yield pack(mine).to(run.device)
 
 
 @torch.no_grad()
-def evaluate(run, triplets):
+def evaluate(run, triplets: list[Triplet]) -> dict | None:
     """Held-out pairs under --loss -> loss, accuracy, margin, exact means over pairs and ranks; None
     if a signal ends it."""
     totals = torch.zeros(4, dtype=torch.float64, device=run.device)
@@ -337,7 +340,7 @@ def evaluate(run, triplets):
     }
 
 
-def final_table(run, out_dir):
+def final_table(run, out_dir: Path):
     """Reference and trained policy on the miniature's held-out prompts, shared among the ranks."""
     args, rows = run.args, []
     prompts = Path(args.dataset).with_name("prompts.jsonl")
