@@ -2,8 +2,8 @@
 
 B pairs, T tokens of a text, H hidden; every argument is a float tensor of shape (B,) unless it says
 otherwise, log-probabilities are natural logarithms, and each function works in the precision of its
-inputs. Equation numbers are those of arXiv 2601.22083. Everything is written with softplus, because -log sigma(x) = softplus(-x)
-and -log(1 - sigma(x)) = softplus(x) hold without overflow at any |x|.
+inputs. Equation numbers are those of arXiv 2601.22083. Everything is written with softplus, because
+-log sigma(x) = softplus(-x) and -log(1 - sigma(x)) = softplus(x) hold without overflow at any |x|.
 """
 
 from typing import NamedTuple
