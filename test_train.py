@@ -14,6 +14,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import socket
 import statistics
@@ -39,9 +40,12 @@ import bench
 import discriminator
 import distributed
 import estimate
+import eval_alpaca
 import game
 import losses
 import report
+import reward_model
+import train_apo
 import train_ganpo
 from checkpoint import load_discriminators
 from data import Triplet, batch_indices, load_pairs, pack
@@ -1239,6 +1243,21 @@ def test_readme_names_every_file_with_its_lines_and_every_function_with_its_plac
         if found != int(line):
             wrong.append(f"{function} is at {name}:{found}")
     assert len(places) > 10 and not wrong, wrong
+
+
+def test_readmes_commands_are_understood():
+    """By the programs' own parsers; that they run, in small, is what the other tests show."""
+    programs = [train_ganpo, eval_alpaca, reward_model, train_apo]
+    programs, seen = {f"{p.__name__}.py": p for p in programs}, set()
+    text = README.replace("\\\n", " ")
+    for line in re.findall(r"^(?:python|torchrun) .*|`(?:python|torchrun) [^`]*`", text, re.M):
+        words = shlex.split(line.strip("`"), comments=True)
+        name = next(word for word in words if word.endswith(".py"))
+        assert (HERE / name).is_file(), line
+        if name in programs:
+            programs[name].parse_args(words[words.index(name) + 1 :])
+            seen.add(name)
+    assert seen == set(programs)
 
 
 def test_readme_choices_are_those_that_the_code_cites():
