@@ -155,8 +155,7 @@ def fit(lm, triplets: list[Triplet], args, device, out_dir: Path, pair_loss=plai
         load_state(out_dir, manifest, *players)
         print0(f"resumed after step {start}")
     schedule = get_cosine_schedule_with_warmup(optimizer, int(args.warmup * steps), steps)
-    for _ in range(start):
-        schedule.step()
+    (share,) = schedule.lr_lambdas  # of the peak, as a function of the step
     table = report.Table(out_dir / "metrics.csv", COLUMNS, start)
     for step in range(start, steps):
         sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -174,10 +173,11 @@ def fit(lm, triplets: list[Triplet], args, device, out_dir: Path, pair_loss=plai
         (loss, accuracy), norm = (sums / args.batch_size).tolist(), norm.item()
         if not np.isfinite(loss + norm):
             raise FloatingPointError(f"step {step + 1}: loss {loss}, gradient {norm}")
-        lr = schedule.get_last_lr()[0]
+        lr = args.lr * share(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
         done = step + 1
         table.write(dict(step=done, loss=loss, accuracy=accuracy, lr=lr, grad_norm=norm))
         if done % max(1, steps // 20) == 0 or done == steps:

@@ -182,7 +182,7 @@ def test_game_pairs_hold_the_golden_answer_above_each_other_sample(handed):
         (["--held_out=long.jsonl"], "--held_out long.jsonl: 0 of 1 rows"),
         (["--exam=few.jsonl", "--golden=golden.jsonl"], "--exam few.jsonl: no prompts of the mini"),
         (["--exam=alpaca_eval"], "--exam alpaca_eval: no prompts of the miniature"),
-        (["--model=nowhere"], "nowhere"),
+        (["--model=./nowhere"], "--model ./nowhere"),
         (["--aligner=ppo"], "invalid choice"),
         (["--samples=1"], "1 is not in [2,"),
         (["--", "--losss=dpo"], "unrecognized arguments: --losss=dpo"),
