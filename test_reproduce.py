@@ -49,7 +49,11 @@ def small_grid(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(reproduce, "PROMPTS", 20)
-        patch.setattr(reproduce, "APO", ["--prompts=32", "--max_new_tokens=16", "--rounds=2"])
+        patch.setattr(
+            reproduce,
+            "APO",
+            ["--prompts=32", "--batch_size=8", "--max_new_tokens=32", "--rounds=2"],
+        )
         build = miniature.build
         patch.setattr(
             miniature, "build", lambda seed, log=print: build(seed, log=lambda line: 0, sizes=SMALL)
