@@ -175,15 +175,12 @@ def main():
     parser.add_argument("--temperature", type=at_least_0, default=0.7, help="[0.7]")
     parser.add_argument("--max_new_tokens", type=count, default=128, help="[128]")
     parser.add_argument("--seed", type=natural, default=0, help="[0]")
-    try:
-        args = parser.parse_args()
-    except InputError as error:
-        sys.exit(f"generate.py: {error}")
     quiet()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    chats = [[{"role": "user", "content": prompt}] for prompt in args.prompts]
-    settings = {k: getattr(args, k) for k in ("temperature", "max_new_tokens", "seed")}
     try:
+        args = parser.parse_args()
+        chats = [[{"role": "user", "content": prompt}] for prompt in args.prompts]
+        settings = {k: getattr(args, k) for k in ("temperature", "max_new_tokens", "seed")}
         check_model_name(args.model)
         own_code = {"trust_remote_code": False}
         encoder = ChatEncoder(AutoTokenizer.from_pretrained(args.model, **own_code))

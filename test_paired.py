@@ -40,7 +40,8 @@ def test_losses_equal_sums_over_tokens_and_are_ln_2_where_the_models_agree():
     u, slopes = torch.randn(3, 5, dtype=torch.float64), torch.rand(3, 5, dtype=torch.float64)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
     for i, n in enumerate((3, 5, 1)):
-        d = sum(math.log1p(math.exp(-x)) + 3.5 * s for x, s in zip(u[i, :n], slopes[i, :n])) / n  # noqa: B905
+        tokens = zip(u[i, :n], slopes[i, :n], strict=True)
+        d = sum(math.log1p(math.exp(-x)) + 3.5 * s for x, s in tokens) / n
         g = sum(math.log1p(math.exp(x)) for x in u[i, :n]) / n
         assert paired_discriminator_loss(u, slopes, mask, 7.0)[i].item() == pytest.approx(d.item())
         assert paired_generator_loss(u, mask)[i].item() == pytest.approx(g)

@@ -113,6 +113,7 @@ def test_another_number_of_ranks_continues_with_the_same_metrics(first, then, ti
     straight, _ = run(tiny_world, tmp_path / "a", *more, ranks=first)
     run(tiny_world, tmp_path / "b", *more, "--stop_after=4", ranks=first)
     rows, _ = run(tiny_world, tmp_path / "b", *more, "--resume", ranks=then)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     for a, b in zip(straight, rows, strict=True):
         close(a, b, 1e-5)
 

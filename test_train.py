@@ -474,6 +474,7 @@ def test_tied_soft_capped_gemma_2_is_the_same_on_two_ranks(dtype, tolerance, tin
     setting = (f"--dtype={dtype}", "--micro_batch_size=3", "--max_steps=2")
     one, _ = run(tiny_world, tmp_path / "1", *setting, family="gemma2")
     two, _ = run(tiny_world, tmp_path / "2", *setting, family="gemma2", ranks=2)
+    assert len(two) == 2
     for a, b in zip(one, two, strict=True):
         close(a, b, tolerance, but=("disc_acc_pos", "disc_acc_neg") if dtype == "bfloat16" else ())
 
@@ -498,6 +499,7 @@ def test_two_nodes_that_shard_within_and_replicate_between_are_as_one_rank(tiny_
     setting = ("--micro_tokens=90", "--max_steps=2")
     one, _ = run(tiny_world, tmp_path / "1", *setting, family="gemma2")
     four, _ = run(tiny_world, tmp_path / "4", *setting, **TWO_NODES)
+    assert len(four) == 2
     for a, b in zip(one, four, strict=True):
         close(a, b, 1e-5)
 
