@@ -83,12 +83,9 @@ class Loop:
             prompt, first = start + n_prompt, start + n_prompt + n_chosen
             q, k, v = (x[:, :, start:first] for x in (query, key, value))
             out.append(causal_attention(q, k, v, *settings))
-            if n_rejected:  # its keys are the prompt's and its own, chosen's left out
-                own = slice(first, first + n_rejected)
-                k, v = (
-                    torch.cat([x[:, :, start:prompt], x[:, :, own]], dim=2) for x in (key, value)
-                )
-                out.append(causal_attention(query[:, :, own], k, v, *settings))
+            own = slice(first, first + n_rejected)  # its keys: the prompt's and its own
+            k, v = (torch.cat([x[:, :, start:prompt], x[:, :, own]], dim=2) for x in (key, value))
+            out.append(causal_attention(query[:, :, own], k, v, *settings))
         return torch.cat(out, dim=2).transpose(1, 2)
 
 
@@ -125,14 +122,10 @@ class Varlen:
         queries, keys, index = [], [], []
         for start, n_prompt, n_chosen, n_rejected in batch.segments:
             first = start + n_prompt + n_chosen
-            queries.append(n_prompt + n_chosen)
-            keys.append(n_prompt + n_chosen)
-            index.append(np.arange(start, first))
-            if n_rejected:
-                queries.append(n_rejected)
-                keys.append(n_prompt + n_rejected)
-                index += [np.arange(start, start + n_prompt)]
-                index += [np.arange(first, first + n_rejected)]
+            queries += [n_prompt + n_chosen, n_rejected]
+            keys += [n_prompt + n_chosen, n_prompt + n_rejected]
+            index += [np.arange(start, first), np.arange(start, start + n_prompt)]
+            index += [np.arange(first, first + n_rejected)]
         # a second to import, so only where it is needed
         from torch.nn.attention.varlen import varlen_attn
 

@@ -39,6 +39,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, LlamaCo
 import distributed
 import estimate
 import game
+import report
 import train_ganpo
 from data import InputError, Triplet, pack
 from estimate import tokens_in
@@ -178,14 +179,6 @@ def reset_peak(device):
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark of resident memory
 
 
-def peak_gb(device) -> float:
-    """GiB since reset_peak: allocated on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
-
-
 def matrix_rate(device, dtype) -> float:
     """FLOP/s of a large product here, the best of several."""
     n, best, clock = 8192 if device.type == "cuda" else 2048, 0.0, Clock(device)
@@ -247,7 +240,7 @@ def measure(args, train_args, steps, model_dir) -> dict:
         begin = sync.now()
         tokens += train_ganpo.train_step(run, batches(step), step)["tokens"]
         seconds.append(sync.now() - begin)
-    peak = peak_gb(device)
+    peak = report.peak_gb(device)
     rates.append(matrix_rate(device, dtype))
     # one step more for what would disturb the others: its phases, then its operations counted
     clock = Clock(device)

@@ -125,6 +125,11 @@ def parse_json(source, raw):
     return rows
 
 
+def json_lines(rows) -> str:
+    """What parse_json reads."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def read_with_datasets(source, split):
     import datasets  # two seconds to import, so only where it is needed
 
@@ -475,32 +480,21 @@ def move(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-def pack(triplets: list[Triplet], share_prompt: bool = True) -> Packed:
-    """Lays the pairs out as [prompt, chosen, rejected], or without share_prompt as [prompt, chosen]
-    and [prompt, rejected], which is plain packing: the same function of the model, more tokens."""
+def pack(triplets: list[Triplet]) -> Packed:
+    """Lays the pairs out as [prompt, chosen, rejected] [prompt, chosen, rejected] ..."""
     ids, positions, segments, sequences, responses = [], [], [], [[], []], [[], []]
     start = 0
     for t in triplets:
         p, c, r = len(t.prompt), len(t.chosen), len(t.rejected)
-        prompt = start + np.arange(p)
-        chosen = start + p + np.arange(c)
-        if share_prompt:
-            segments.append((start, p, c, r))
-            ids += [t.prompt, t.chosen, t.rejected]
-            positions += [np.arange(p + c), p + np.arange(r)]
-            prompt_again, rejected = prompt, start + p + c + np.arange(r)
-        else:
-            segments += [(start, p, c, 0), (start + p + c, p, r, 0)]
-            ids += [t.prompt, t.chosen, t.prompt, t.rejected]
-            positions += [np.arange(p + c), np.arange(p + r)]
-            prompt_again = start + p + c + np.arange(p)
-            rejected = start + 2 * p + c + np.arange(r)
-        sequences[0].append(np.concatenate([prompt, chosen]))
-        sequences[1].append(np.concatenate([prompt_again, rejected]))
-        # the last prompt position predicts an answer's first token
-        responses[0].append(np.concatenate([prompt[-1:], chosen[:-1]]))
-        responses[1].append(np.concatenate([prompt_again[-1:], rejected[:-1]]))
-        start = sum(segments[-1])
+        segments.append((start, p, c, r))
+        ids += [t.prompt, t.chosen, t.rejected]
+        positions += [np.arange(p + c), p + np.arange(r)]
+        prompt, chosen, rejected = np.split(start + np.arange(p + c + r), [p, p + c])
+        for side, answer in enumerate((chosen, rejected)):
+            sequences[side].append(np.concatenate([prompt, answer]))
+            # the last prompt position predicts an answer's first token
+            responses[side].append(np.concatenate([prompt[-1:], answer[:-1]]))
+        start += p + c + r
     sequences, responses = sequences[0] + sequences[1], responses[0] + responses[1]
     lengths = np.array([len(x) for x in responses])
     width = max(map(len, sequences))

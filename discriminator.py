@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from losses import masked_mean
+
 
 class Discriminator(nn.Module):
     """What both kinds share: a first layer and a head, spectrally normalised; spectral norm that
@@ -151,7 +153,7 @@ class MLPDiscriminator(Discriminator):
 
     def forward(self, h: Tensor, attention_mask: Tensor) -> Tensor:
         """Latents h (B, T, H), attention_mask (B, T), 1 on real tokens -> raw scores (B,)."""
-        pooled = masked_mean(h.to(self.ema.dtype), attention_mask.bool())
+        pooled = masked_mean(h.to(self.ema.dtype), attention_mask)
         return self.head(F.gelu(normalised(self.project_in, pooled)))
 
 
@@ -179,7 +181,7 @@ class TokenCritic(nn.Module):
 
     def forward(self, h: Tensor, attention_mask: Tensor) -> Tensor:
         """Latents h (B, T, H), attention_mask (B, T), 1 on real tokens -> their mean score (B,)."""
-        return masked_mean(self.tokens(h)[..., None], attention_mask.bool())[:, 0]
+        return masked_mean(self.tokens(h), attention_mask)
 
 
 def normalised(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -187,11 +189,6 @@ def normalised(layer: nn.Linear, x: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         weight = layer.weight
     return F.linear(x.to(weight.dtype), weight, layer.bias)
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """(B, T, D), (B, T) bool -> (B, D), the mean over real tokens [choice 3]."""
-    return torch.where(mask[..., None], x, 0).sum(1) / mask.sum(1, keepdim=True)
 
 
 def build_discriminator(

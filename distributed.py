@@ -123,6 +123,13 @@ def print0(*values):
         print(*values, flush=True)
 
 
+def check_batch_size(batch_size: int):
+    """InputError if the ranks cannot have as many pairs each."""
+    ranks = dist.get_world_size()
+    if batch_size % ranks:
+        raise InputError(f"--batch_size {batch_size} is not divisible by {ranks} ranks")
+
+
 def sharing_ranks() -> int:
     """How many ranks share one copy of the weights: those of a node. With several nodes each has a
     sharded copy of its own, and only gradients travel between them (HSDP); nodes of one rank each

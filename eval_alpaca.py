@@ -36,11 +36,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import distributed
 import miniature
 from checkpoint import load_discriminators, sha256, write_synced
-from data import ChatEncoder, InputError, check_model_name, first_line, read_rows
+from data import ChatEncoder, InputError, check_model_name, first_line, json_lines, read_rows
 from distributed import print0, share_out
 from flags import DTYPES, Parser, at_least_0, count, fraction, natural, positive, refuse
 from generate import generate, quiet
 from policy import read_tokenizer
+from report import read_config
 from reward_model import RewardModel, hidden_states
 from winrate import length_controlled, summary, table
 
@@ -250,10 +251,6 @@ class Writer:
         write_synced(path, json.dumps(rows, indent=1) + "\n")
 
 
-def json_lines(rows) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
 def append(path, rows):
     with path.open("a") as file:
         file.write(json_lines(rows))
@@ -458,7 +455,7 @@ def compare(own: list[dict], other: list[dict] | None):
     for i, row in enumerate(own):
         row |= {"win": None, "length_baseline": other[i]["length"] if other else None}
         if other and row.get("score") is not None:
-            row["win"] = float(np.sign(row["score"] - other[i]["score"]) + 1) / 2
+            row["win"] = float(np.heaviside(row["score"] - other[i]["score"], 0.5))
 
 
 def evaluate(args, device):
@@ -529,7 +526,7 @@ def parse_args(argv):
     add("--max_new_tokens", type=count, help="[2048; miniature 64]")
     add("--batch_size", type=count, default=128, help="answers written at once per rank [128]")
     add("--dtype", choices=DTYPES, help="of all models [bfloat16 on a GPU, else float32]")
-    add("--seed", type=natural, default=0, help="of sampling, and the miniature's world [0]")
+    add("--seed", type=natural, help="of sampling, and the miniature's world [its run's; else 0]")
     add("--timeout", type=positive, default=3600, help="seconds to wait for another rank [3600]")
     add("--out", help="folder [eval-PROMPTS-JUDGE beside the model's]")
     # fmt: on
@@ -549,6 +546,9 @@ def parse_args(argv):
     if len(set(args.temperatures)) < len(args.temperatures):
         raise InputError("--temperatures: one is there twice")
     mini = args.prompts == "mini"
+    if args.seed is None:  # another world's prompts may be those that the run was trained on
+        run = read_config(Path(args.model).parent) if mini else None
+        args.seed = run["seed"] if run else 0
     args.max_new_tokens = args.max_new_tokens or (miniature.MAX_NEW_TOKENS if mini else 2048)
     args.dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     if not args.out:
@@ -560,10 +560,10 @@ def parse_args(argv):
 
 def find_defaults(args):
     """Names that stand for files: the miniature's, built at first use, AlpacaEval's baseline."""
-    world = miniature.ROOT / f"seed{args.seed}"
+    world = miniature.world(args.seed)
     if args.prompts == "mini":
-        distributed.from_rank_0(lambda: miniature.build(args.seed, log=print0), "miniature:")
         args.prompts = str(world / "prompts.jsonl")
+        miniature.build_if_used(args.seed, args.prompts)
         args.baseline = args.baseline or str(world / "model")
     elif args.prompts == "alpaca_eval" and args.judge not in ("gpt4", "annotations"):
         args.baseline = args.baseline or str(alpaca_file(args, BASELINE_FILE))

@@ -22,11 +22,12 @@ from losses import (
     LN2,
     discriminator_loss,
     generator_loss,
+    masked_mean,
     paired_discriminator_loss,
     paired_generator_loss,
     relativistic_bce,
+    share_above_0,
     softplus,
-    token_mean,
 )
 from policy import at_least_fp32
 
@@ -103,7 +104,7 @@ def update_critics(run, kept: list, sums: dict, step: int) -> dict:
         losses = losses + loss
         s_ref, s_theta, _ = s.detach()
         metrics[f"loss_disc_{sign}"] = loss.detach()
-        metrics[f"disc_acc_{sign}"] = ((s_ref - s_theta).sign() + 1).mean() / 2  # ties count 1/2
+        metrics[f"disc_acc_{sign}"] = share_above_0(s_ref - s_theta).mean()
         metrics[f"score_gap_{sign}"] = (s_ref - s_theta).mean()
         metrics["d_ra"] = metrics["d_ra"] - relativistic_bce(s_ref, s_theta, *mu.detach()[:2])
     if step % run.args.disc_every == 0:  # [choice 4]
@@ -177,9 +178,9 @@ def paired_update(run, kept: list, sums: dict, step: int) -> dict:
                 if inner == 0:
                     out.watched.append(loss.detach())
                     sums[f"loss_disc_{sign}"] += loss.detach().sum()
-                    won = token_mean((u.detach().sign() + 1) / 2, mask)  # ties count 1/2
+                    won = masked_mean(share_above_0(u.detach()), mask)
                     sums[f"disc_acc_{sign}"] += won.sum()
-                    sums[f"score_gap_{sign}"] += token_mean(u.detach(), mask).sum()
+                    sums[f"score_gap_{sign}"] += masked_mean(u.detach(), mask).sum()
         if step % args.disc_every == 0:  # [choice 4]
             norm = distributed.sum_gradients(run.critics.parameters())
             metrics.setdefault("disc_grad_norm", norm)

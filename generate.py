@@ -23,11 +23,12 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from data import ChatEncoder, InputError, check_model_name, first_line
 from flags import Parser, at_least_0, count, natural
+from policy import read_tokenizer
 
 COMPACT_BELOW = 0.75  # share of rows still writing at which the others leave the batch
 
@@ -172,6 +173,7 @@ def main():
     parser = Parser("generate.py", __doc__)
     parser.add_argument("--model", required=True, help="a Hugging Face folder or Hub id")
     parser.add_argument("prompts", nargs="+")
+    parser.add_argument("--chat_template", help="a jinja file [the tokenizer's own]")
     parser.add_argument("--temperature", type=at_least_0, default=0.7, help="[0.7]")
     parser.add_argument("--max_new_tokens", type=count, default=128, help="[128]")
     parser.add_argument("--seed", type=natural, default=0, help="[0]")
@@ -182,9 +184,9 @@ def main():
         chats = [[{"role": "user", "content": prompt}] for prompt in args.prompts]
         settings = {k: getattr(args, k) for k in ("temperature", "max_new_tokens", "seed")}
         check_model_name(args.model)
-        own_code = {"trust_remote_code": False}
-        encoder = ChatEncoder(AutoTokenizer.from_pretrained(args.model, **own_code))
-        lm = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", **own_code).to(device)
+        encoder = ChatEncoder(read_tokenizer(args.model, args.chat_template))
+        settings_of_lm = dict(dtype="auto", trust_remote_code=False)
+        lm = AutoModelForCausalLM.from_pretrained(args.model, **settings_of_lm).to(device)
         answers = generate(lm, encoder, chats, **settings)
     except (InputError, OSError, ValueError) as error:
         sys.exit(f"generate.py: {first_line(error)}")

@@ -20,6 +20,18 @@ def softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=40.0)
 
 
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the real tokens: (B, T) or (B, T, D), mask (B, T), 1 on real tokens, at least one
+    per row  ->  (B,) or (B, D) [choice 3]"""
+    mask = mask.bool().view(*mask.shape, *[1] * (x.ndim - 2))
+    return torch.where(mask, x, 0).sum(1) / mask.sum(1)
+
+
+def share_above_0(x: Tensor) -> Tensor:
+    """1 where x > 0, 1/2 where it is 0, 0 below: of differences, who wins, ties shared."""
+    return (x.sign() + 1) / 2
+
+
 # ---------------------------------------------------------------------- preference optimisation
 
 
@@ -231,7 +243,7 @@ def latent_mse(h_theta: Tensor, h_ref: Tensor, mask: Tensor) -> Tensor:
 
     mask (B, T) is 1 on real tokens, at least one per row.
     """
-    return token_mean((h_theta - h_ref).square().mean(-1), mask)
+    return masked_mean((h_theta - h_ref).square().mean(-1), mask)
 
 
 # ---------------------------------------------------------------------- the paired game
@@ -241,11 +253,6 @@ def latent_mse(h_theta: Tensor, h_ref: Tensor, mask: Tensor) -> Tensor:
 # (B, T), and a penalty on its slope, not a bound, lets its force vanish as they meet.
 
 
-def token_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """(B, T), mask (B, T) with at least one real token per row  ->  (B,)"""
-    return torch.where(mask.bool(), x, 0).sum(1) / mask.sum(1)
-
-
 def paired_discriminator_loss(u: Tensor, slopes: Tensor, mask: Tensor, r1: float) -> Tensor:
     """softplus(-u) + r1 / 2 * slopes, mean over real tokens  ->  (B,); ln 2 at equal latents of a
     flat critic.
@@ -253,9 +260,9 @@ def paired_discriminator_loss(u: Tensor, slopes: Tensor, mask: Tensor, r1: float
     slopes (B, T): |dD/dx|^2 at the reference's latent plus that at the policy's (the R1 and R2
     penalties of Mescheder et al. 2018).
     """
-    return token_mean(softplus(-u) + r1 / 2 * slopes, mask)
+    return masked_mean(softplus(-u) + r1 / 2 * slopes, mask)
 
 
 def paired_generator_loss(u: Tensor, mask: Tensor) -> Tensor:
     """softplus(u), mean over real tokens  ->  (B,); ln 2 where policy = reference."""
-    return token_mean(softplus(u), mask)
+    return masked_mean(softplus(u), mask)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import Packed
-from losses import LogProbs, rewards
+from losses import LogProbs, rewards, share_above_0
 from policy import at_least_fp32
 
 
@@ -67,7 +67,7 @@ def sum_pairs(sums: dict, lp: LogProbs, losses: Tensor, batch: Packed, args):
     sums["loss_opo"] += losses.sum()
     sums["reward_chosen"] += chosen.sum()
     sums["reward_rejected"] += rejected.sum()
-    sums["pref_acc"] += ((chosen - rejected).sign() + 1).sum() / 2  # ties count 1/2
+    sums["pref_acc"] += share_above_0(chosen - rejected).sum()
     sums["tokens"] += batch.real_tokens
 
 

@@ -38,7 +38,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from data import ChatEncoder, InputError
+import distributed
+from data import ChatEncoder, InputError, json_lines, read_rows
 from flags import Parser, natural
 from generate import generate, quiet
 
@@ -381,27 +382,33 @@ def draw_pairs(model, encoder, tasks, per_prompt, rng, seed, log) -> list[dict]:
     return rows
 
 
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def world(seed: int, root=ROOT) -> Path:
+    """The folder of a world."""
+    return Path(root) / f"seed{seed}"
 
 
 def read_tasks(path) -> list[Task]:
-    return [Task(**json.loads(line)) for line in Path(path).read_text().splitlines()]
+    return [Task(**row) for row in read_rows(str(path), "train")]
 
 
 def build(seed: int, root=ROOT, log=print, sizes=SIZES) -> Path:
     """Builds root/seedK unless it is there -> the folder. It appears whole or not at all."""
-    root, settings = Path(root), {"seed": seed} | sizes
-    folder = root / f"seed{seed}"
+    folder, settings = world(seed, root), {"seed": seed} | sizes
     if not folder.exists():
-        root.mkdir(parents=True, exist_ok=True)
-        with (root / f".seed{seed}.lock").open("w") as lock:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with (folder.parent / f".seed{seed}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one builder; another waits here
             if not folder.exists():
                 build_alone(folder, settings, log)
     if json.loads((folder / "world.json").read_text()) != settings:
         raise InputError(f"{folder} was built with other settings: remove it")
     return folder
+
+
+def build_if_used(seed: int, *paths: str):
+    """Every rank calls it, rank 0 builds: the seed's world, if one of the paths lies in it."""
+    if world(seed) in (Path(path).parent for path in paths):
+        distributed.from_rank_0(lambda: build(seed, log=distributed.print0), "miniature:")
 
 
 def build_alone(folder, settings, log):
@@ -425,11 +432,11 @@ def write_world(folder, settings, log):
     seed, n_test = settings["seed"], settings["test_prompts"]
     rng = random.Random(seed)
     held_out = draw_tasks(rng, settings["prompts"] + n_test, distinct=True)
-    write_jsonl(folder / "prompts.jsonl", [task._asdict() for task in held_out[n_test:]])
+    (folder / "prompts.jsonl").write_text(json_lines(t._asdict() for t in held_out[n_test:]))
     avoid = {task.prompt for task in held_out}
     tasks = draw_tasks(rng, settings["sft_steps"] * BATCH, avoid)
     demos = [{"prompt": task.prompt, "response": demonstrate(rng, task.solution)} for task in tasks]
-    write_jsonl(folder / "demos.jsonl", demos)
+    (folder / "demos.jsonl").write_text(json_lines(demos))
     tokenizer = build_tokenizer()
     encoder, model = ChatEncoder(tokenizer), build_model(tokenizer, seed)
     fit(model, encoder, demos, rng, log)
@@ -438,9 +445,9 @@ def write_world(folder, settings, log):
     tasks = draw_tasks(rng, settings["train_prompts"], avoid, distinct=True)
     rows = draw_pairs(model, encoder, tasks, 2, rng, seed, log)
     rng.shuffle(rows)
-    write_jsonl(folder / "train.jsonl", rows[: settings["train_pairs"]])
+    (folder / "train.jsonl").write_text(json_lines(rows[: settings["train_pairs"]]))
     rows = draw_pairs(model, encoder, held_out[:n_test], 1, rng, seed, log)
-    write_jsonl(folder / "test.jsonl", rows)
+    (folder / "test.jsonl").write_text(json_lines(rows))
     (folder / "world.json").write_text(json.dumps(settings) + "\n")
 
 
@@ -457,7 +464,7 @@ def examine(model: str, tasks: list[Task], temperature: float, seed: int) -> lis
 
 def show(folder):
     """A pair of each of ten families."""
-    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    rows = read_rows(str(folder / "train.jsonl"), "train")
     first = {row["family"]: row for row in reversed(rows)}
     for row in [first[family] for family in FAMILIES if family in first][:10]:
         print(row["prompt"])

@@ -15,7 +15,6 @@ is left out, and said.
 reproduce.py draws two more, regimes and frontier.
 """
 
-import csv
 import json
 import sys
 from pathlib import Path
@@ -27,9 +26,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from data import InputError
+from data import InputError, read_rows
 from flags import Parser, at_least_0
-from report import read_config
+from report import read_config, read_table
+from winrate import standard_error
 
 # Okabe and Ito's colours, which colour-blind eyes tell apart, in an order of falling darkness;
 # lines and marks differ too, for print in grey
@@ -60,8 +60,7 @@ def read_run(folder: Path, style: dict) -> Run:
         raise InputError(f"{folder}: no such folder")
     config, metrics = read_config(folder) or {}, []
     if (folder / "metrics.csv").is_file():
-        with (folder / "metrics.csv").open() as file:
-            metrics = [{k: float(v) for k, v in r.items() if v} for r in csv.DictReader(file)]
+        metrics = read_table(folder / "metrics.csv")
     found = sorted(folder.glob("eval-*/results.json")) or sorted(folder.glob("results.json"))
     if len(found) > 1:
         names = ", ".join(f.parent.name for f in found)
@@ -71,7 +70,7 @@ def read_run(folder: Path, style: dict) -> Run:
     results, scores = [], []
     for file in found:
         results = json.loads(file.read_text())
-        scores = [json.loads(x) for x in (file.parent / "scores.jsonl").read_text().splitlines()]
+        scores = read_rows(str(file.parent / "scores.jsonl"), "train")
     if not config and folder.name.startswith("eval-"):
         config = read_config(folder.parent) or {}
     return Run(name_of(config) or folder.name, style, config.get("loss"), metrics, results, scores)
@@ -193,7 +192,7 @@ def length(runs, args):
         parts = [win[bucket == b] for b in range(len(edges) - 1)]
         x = np.arange(len(parts)) + 0.08 * (i - (len(shown) - 1) / 2)
         y = [p.mean() if len(p) else np.nan for p in parts]
-        e = [p.std(ddof=1) / len(p) ** 0.5 if len(p) > 1 else np.nan for p in parts]
+        e = [standard_error(p) if len(p) else np.nan for p in parts]
         ax.errorbar(x, y, e, label=run.name, capsize=2, markersize=4, **run.style)
     low = [edges[0], *(edges[1:-1] + 1)]
     ax.set_xticks(
@@ -274,7 +273,7 @@ def regimes(values: dict, regimes: list[str], title: str):
         for (method, _), style in zip((k for k in values if k[1] == t), STYLES, strict=False):
             found = [(i, v) for i, v in enumerate(values[method, t]) if v is not None]
             x, y = [i for i, _ in found], [v.mean() for _, v in found]
-            e = [v.std(ddof=1) / len(v) ** 0.5 if len(v) > 1 else 0 for _, v in found]
+            e = [standard_error(v) for _, v in found]
             ax.errorbar(x, y, e, label=method, capsize=2, markersize=4, **style)
         ax.set_xticks(range(len(regimes)), regimes)
         ax.set(xlabel="learning rate of the policy", ylabel=f"strict accuracy at T = {t:g}, %")
@@ -289,9 +288,7 @@ def frontier(curves: dict, title: str):
     figure, axes = canvas(1, 2)
     for (method, points), style in zip(curves.items(), STYLES, strict=False):
         mean = np.array([[v.mean() for v in point] for point in points]).T
-        error = np.array(
-            [[v.std(ddof=1) / len(v) ** 0.5 if len(v) > 1 else 0 for v in p] for p in points]
-        ).T
+        error = np.array([[standard_error(v) for v in point] for point in points]).T
         for ax, i in zip(axes.flat, (0, 1), strict=True):
             bars = dict(xerr=error[i], yerr=error[2], capsize=2, elinewidth=0.7, markersize=4)
             ax.errorbar(mean[i], mean[2], label=method, **bars, **style)

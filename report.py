@@ -9,18 +9,19 @@ import csv
 import json
 import os
 import platform
-import resource
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-import estimate
 from data import InputError
 from distributed import print0
 from losses import LN2
+from settings import parse_args
+from winrate import standard_error
 
 COLUMNS = (
     "step loss_opo loss_adv loss_disc_pos loss_disc_neg d_ra reward_chosen reward_rejected margin"
@@ -65,6 +66,12 @@ class Table:
             os.fsync(self.file.fileno())
 
 
+def read_table(path) -> list[dict[str, float]]:
+    """metrics.csv, or another table of numbers, as rows without their empty places."""
+    with Path(path).open() as file:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
 def log_line(m: dict, max_steps: int, seconds_left: float) -> str:
     """One step in fixed width; '-' where a setting has no such value."""
 
@@ -101,11 +108,13 @@ def neutral_values(args) -> str:
     )
 
 
-def print_header(run, tokenizer, data, held_out, cut, needs):
-    """What this run is: settings, how steps are cut, memory, data, sizes, neutral values, and the
-    first pair as the model sees it."""
+def print_header(run, tokenizer, data, held_out, cut):
+    """What this run is: settings, how steps are cut, data, sizes, neutral values, and the first
+    pair as the model sees it."""
     args = run.args
-    print0(" ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
+    preset = parse_args([f"--preset={args.preset}", f"--critic={args.critic}"])
+    own = [f"{k}={v}" for k, v in vars(args).items() if v != getattr(preset, k) and k != "out_dir"]
+    print0(f"preset {' '.join([args.preset, *own])}; all settings: {args.out_dir}/config.json")
     forwards = f"{cut.fewest}" if cut.fewest == cut.most else f"{cut.fewest} to {cut.most}"
     ranks = f"{run.world} rank(s)"
     if run.world > 1:
@@ -116,7 +125,7 @@ def print_header(run, tokenizer, data, held_out, cut, needs):
         f" = {run.steps_per_epoch} steps/epoch, {len(data.triplets) % args.batch_size} left over;"
         f" {run.max_steps} steps"
     )
-    print0(f"attention: {run.policy.attention_kind}; {estimate.gigabytes(needs)}")
+    print0(f"attention: {run.policy.attention_kind}")
     print0(f"data: {data.summary()}; fingerprint {data.fingerprint}")
     if held_out:
         print0(f"held out: {held_out.summary()}")
@@ -186,17 +195,14 @@ def compare(temperature, reference, policy) -> list[dict]:
     reference, with standard errors, the difference's of the paired values. Strict accuracy in
     percent."""
     scores = {
-        name: torch.tensor([[100 * v.strict, v.gold] for v in verdicts], dtype=torch.float64)
+        name: np.array([[100 * v.strict, v.gold] for v in verdicts])
         for name, verdicts in (("reference", reference), ("policy", policy))
     }
     scores["difference"] = scores["policy"] - scores["reference"]
     rows = []
     for model, x in scores.items():
-        (strict, gold), (strict_se, gold_se) = (
-            x.mean(0).tolist(),
-            (x.std(0) / len(x) ** 0.5).tolist(),
-        )
-        values = temperature, model, len(x), strict, strict_se, gold, gold_se
+        strict, gold = zip(x.mean(0).tolist(), standard_error(x).tolist(), strict=True)
+        values = temperature, model, len(x), *strict, *gold
         rows.append(dict(zip(FINAL_COLUMNS, values, strict=True)))
     return rows
 
@@ -218,7 +224,8 @@ def final_lines(rows) -> str:
 
 
 def peak_gb(device) -> float:
-    """This rank's peak in GiB: allocated on a GPU, resident on a CPU."""
+    """This rank's peak in GiB: allocated on a GPU, resident on a CPU (Linux counts it)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20

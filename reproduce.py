@@ -116,7 +116,7 @@ def pin(cores_left):
 
 def run_cell(seed: int, cell: str):
     """Trains and evaluates; `reference` and `reward` come first. Left alone where it is done."""
-    home, world = ROOT / f"seed{seed}", miniature.ROOT / f"seed{seed}"
+    home, world = ROOT / f"seed{seed}", miniature.world(seed)
     folder, common = home / cell, [f"--seed={seed}"]
     if finished(seed, cell):
         return

@@ -13,6 +13,9 @@ from pathlib import Path
 import numpy as np
 
 import plots
+from data import read_rows
+from report import read_table
+from winrate import standard_error
 
 ROOT = Path("out/reproduce")
 TEMPERATURES = (0.0, 0.5, 0.7, 1.0, 1.2, 1.5)
@@ -30,13 +33,12 @@ def measures(seed: int, cell: str) -> dict:
     for row in json.loads((folder / "eval-mini" / "results.json").read_text()):
         found |= {(k, row["temperature"]): v for k, v in row.items() if isinstance(v, int | float)}
     if (folder / "run" / "metrics.csv").exists():
-        with (folder / "run" / "metrics.csv").open() as file:
-            rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        rows = read_table(folder / "run" / "metrics.csv")
         for key in rows[-1]:  # the last fifth of the run
             values = [row[key] for row in rows[-len(rows) // 5 :] if key in row]
             found[key] = sum(values) / len(values)
         found["seconds"] = sum(row["seconds"] for row in rows)
-    scores = [json.loads(x) for x in (folder / "eval-mini" / "scores.jsonl").open()]
+    scores = read_rows(str(folder / "eval-mini" / "scores.jsonl"), "train")
     for t in (1.5, 2.0):
         here = [s for s in scores if s["temperature"] == t]
         for key in ("critic_pos", "reward"):
@@ -86,11 +88,7 @@ def with_error(values: np.ndarray, places: int, sign="") -> str:
     if np.isnan(values).any():
         return "-"
     text = f"{values.mean():{sign}.{places}f}"
-    return f"{text} +- {error_of(values):.{places}f}" if len(values) > 1 else text
-
-
-def error_of(values: np.ndarray) -> float:
-    return values.std(ddof=1) / len(values) ** 0.5
+    return f"{text} +- {standard_error(values):.{places}f}" if len(values) > 1 else text
 
 
 # Student's t at 97.5 % for n - 1 degrees of freedom, n = 2, 3, ...
@@ -103,7 +101,7 @@ def verdict(values, words=("reproduces", "does not reproduce", "reversed")) -> s
     n = len(values)
     if n < 2:
         return "one seed: no verdict"
-    t = values.mean() / max(error_of(values), 1e-12)
+    t = values.mean() / max(standard_error(values), 1e-12)
     limit = T_975[min(n - 2, len(T_975) - 1)]
     return words[0] if t > limit else words[2] if t < -limit else words[1]
 

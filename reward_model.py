@@ -52,7 +52,7 @@ from data import (
 from distributed import print0
 from flags import DTYPES, Parser, count, fraction, natural, number, positive, refuse
 from generate import quiet
-from losses import bradley_terry_loss
+from losses import bradley_terry_loss, share_above_0
 from policy import PackedLM, at_least_fp32, load_lm, read_model_config, read_tokenizer
 
 COLUMNS = "step loss accuracy lr grad_norm".split()
@@ -166,7 +166,7 @@ def fit(lm, triplets: list[Triplet], args, device, out_dir: Path, pair_loss=plai
             chosen, rejected = lm(batch).chunk(2)
             losses = pair_loss(chosen, rejected, batch.rows)
             (losses.sum() * world / args.batch_size).backward()  # FSDP2 averages over ranks
-            won = ((chosen - rejected).sign() + 1) / 2
+            won = share_above_0(chosen - rejected)
             sums += torch.stack([losses, won]).detach().double().sum(1)
         norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), args.grad_clip).full_tensor()
         dist.all_reduce(sums)
@@ -229,7 +229,7 @@ def parse_args(argv):
     add("--out_dir", default="out/reward", help="[out/reward]")
     # fmt: on
     args = parser.parse_args(argv)
-    world = miniature.ROOT / f"seed{args.seed}"
+    world = miniature.world(args.seed)
     if args.dataset is None and args.eval_split is None:
         args.eval_split = str(world / "test.jsonl")
     args.max_length = args.max_length or (2048 if args.dataset else 256)
@@ -255,7 +255,7 @@ def learn(args, config, tokenizer, triplets, held_out, device, pair_loss=plain_l
     if held_out:
         found = margins(lm, with_tail(held_out, encoder), args, device)
         accuracy, loss = (
-            ((found.sign() + 1) / 2).mean(),
+            share_above_0(found).mean(),
             bradley_terry_loss(found, 0 * found).mean(),
         )
         print0(f"held out: {len(found)} pairs, loss {loss:.4f}, accuracy {accuracy:.3f}")
@@ -264,12 +264,8 @@ def learn(args, config, tokenizer, triplets, held_out, device, pair_loss=plain_l
 
 
 def train(args, device, stack):
-    world = miniature.ROOT / f"seed{args.seed}"
-    if world in (Path(args.model).parent, Path(args.dataset).parent):
-        distributed.from_rank_0(lambda: miniature.build(args.seed, log=print0), "miniature:")
-    if args.batch_size % dist.get_world_size():
-        ranks = dist.get_world_size()
-        raise InputError(f"--batch_size {args.batch_size} is not divisible by {ranks} ranks")
+    miniature.build_if_used(args.seed, args.model, args.dataset)
+    distributed.check_batch_size(args.batch_size)
     config = read_model_config(args.model, args.max_length)
     tokenizer = read_tokenizer(args.model, args.chat_template)
     length = args.max_length - len(ChatEncoder(tokenizer).tail)

@@ -41,12 +41,11 @@ def naive_mask(segments, window):
     return mask
 
 
-@pytest.mark.parametrize("share_prompt", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 6, 40])
-def test_block_masks_are_the_mask_token_by_token(window, share_prompt, monkeypatch):
+def test_block_masks_are_the_mask_token_by_token(window, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", 16)  # so that short rows have whole blocks
     lengths = [(8, 23, 1), (1, 3, 11), (33, 40, 50), (12, 1, 1), (7, 60, 8)]
-    segments = pack(triplets_for(lengths), share_prompt).segments
+    segments = pack(triplets_for(lengths)).segments
     expected = naive_mask(segments, window)
     mask = attention.block_mask(segments, window, CPU)
     T, n = len(expected), -(-len(expected) // 16)
@@ -104,13 +103,12 @@ def naive_varlen(q, k, v, ends_q, ends_k, max_q, max_k, *, scale, window_size, e
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("share_prompt", [True, False])
 @pytest.mark.parametrize("family", [f for f in SHAPES if f != "gemma2"])
-def test_varlen_with_gathered_keys_equals_the_loop(family, share_prompt, tmp_path, monkeypatch):
+def test_varlen_with_gathered_keys_equals_the_loop(family, tmp_path, monkeypatch):
     """Latents, log-probabilities and every gradient."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", naive_varlen)
     name = make_model(tmp_path, family, num_hidden_layers=2)
-    batch = pack(triplets_for([(5, 9, 4), (1, 3, 11), (12, 1, 1)]), share_prompt)
+    batch = pack(triplets_for([(5, 9, 4), (1, 3, 11), (12, 1, 1)]))
     loop, own = (load_lm(name, torch.float64, attention_kind=kind) for kind in ("loop", "varlen"))
     outs = loop(batch), own(batch)
     torch.testing.assert_close(outs[1].h, outs[0].h, rtol=1e-6, atol=1e-6)

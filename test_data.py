@@ -508,7 +508,6 @@ def test_a_batch_is_a_function_of_its_step_alone():
 # ---------------------------------------------------------------------- packing
 
 LENGTHS = [(1, 1, 1), (5, 2, 7), (3, 6, 1), (4, 4, 4)]  # prompt, chosen, rejected
-both_layouts = pytest.mark.parametrize("share_prompt", [True, False])
 
 
 def distinct_triplets():
@@ -558,7 +557,7 @@ def test_forwards_are_longest_first_and_a_pair_beyond_the_limit_is_alone():
     ]  # fmt: skip
 
 
-def naive_pack(triplets, share_prompt):
+def naive_pack(triplets):
     """The layout token by token: ids, position ids, and where the parts of each sequence lie."""
     ids, positions, chosen, rejected = [], [], [], []
 
@@ -571,15 +570,13 @@ def naive_pack(triplets, share_prompt):
     for t in triplets:
         prompt = put(t.prompt, 0)
         chosen.append((prompt, put(t.chosen, len(prompt))))
-        prompt = prompt if share_prompt else put(t.prompt, 0)
         rejected.append((prompt, put(t.rejected, len(prompt))))
     return ids, positions, chosen + rejected
 
 
-@both_layouts
-def test_packing_equals_the_naive_construction(share_prompt):
-    packed = pack(distinct_triplets(), share_prompt)
-    ids, positions, places = naive_pack(distinct_triplets(), share_prompt)
+def test_packing_equals_the_naive_construction():
+    packed = pack(distinct_triplets())
+    ids, positions, places = naive_pack(distinct_triplets())
     predict, labels, owner, segments = [], [], [], []
     for sequence, (prompt, scored) in enumerate(places):
         for k, place in enumerate(scored):
@@ -587,8 +584,7 @@ def test_packing_equals_the_naive_construction(share_prompt):
             labels.append(ids[place])
             owner.append(sequence)
     for i, (p, c, r) in enumerate(LENGTHS):
-        first, again = places[i][0][0], places[len(LENGTHS) + i][0][0]
-        segments += [(first, p, c, r)] if share_prompt else [(first, p, c, 0), (again, p, r, 0)]
+        segments.append((places[i][0][0], p, c, r))
     assert packed.ids.tolist() == ids and packed.position_ids.tolist() == positions
     assert packed.predict.tolist() == predict and packed.labels.tolist() == labels
     assert packed.owner.tolist() == owner and packed.segments == tuple(segments)
@@ -596,10 +592,9 @@ def test_packing_equals_the_naive_construction(share_prompt):
     assert packed.real_tokens == sum(2 * p + c + r for p, c, r in LENGTHS)
 
 
-@both_layouts
-def test_every_sequence_reads_as_if_it_stood_alone(share_prompt):
+def test_every_sequence_reads_as_if_it_stood_alone():
     triplets = distinct_triplets()
-    packed = pack(triplets, share_prompt)
+    packed = pack(triplets)
     assert packed.gather.shape == packed.mask.shape == (8, 12)
     answers = [t.chosen for t in triplets] + [t.rejected for t in triplets]
     for i, (t, scored) in enumerate(zip(triplets * 2, answers, strict=True)):

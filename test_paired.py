@@ -17,7 +17,7 @@ import train_ganpo
 from checkpoint import load_discriminators
 from data import InputError, batch_indices, load_pairs
 from discriminator import build_discriminator
-from losses import paired_discriminator_loss, paired_generator_loss, token_mean
+from losses import masked_mean, paired_discriminator_loss, paired_generator_loss
 from test_data import tiny
 from test_train import (
     LN2,
@@ -50,7 +50,7 @@ def test_losses_equal_sums_over_tokens_and_are_ln_2_where_the_models_agree():
     for loss in pair:
         assert loss.tolist() == pytest.approx([LN2] * 3)
     u[mask == 0] = math.nan  # what padding holds does not matter
-    assert token_mean(u, mask).isfinite().all()
+    assert masked_mean(u, mask).isfinite().all()
 
 
 def naive_paired(world, steps, differences, inner, r1, lambda_adv, lr, disc_lr):

@@ -31,7 +31,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import distributed
@@ -40,9 +39,18 @@ import report
 import reward_model
 import train_ganpo
 from checkpoint import claim_with_config, write_synced
-from data import SURROGATE, ChatEncoder, InputError, RowFault, load_pairs, read_rows
+from data import (
+    SURROGATE,
+    ChatEncoder,
+    InputError,
+    RowFault,
+    counts,
+    json_lines,
+    load_pairs,
+    read_rows,
+)
 from distributed import print0, share_out
-from eval_alpaca import Prompt, Writer, json_lines, judge_mini
+from eval_alpaca import Prompt, Writer, judge_mini
 from flags import DTYPES, Parser, at_least_0, count, fraction, natural, number, positive, refuse
 from generate import quiet
 from losses import bradley_terry_loss
@@ -89,7 +97,7 @@ def accuracy_and_ece(margins, bins: int = 10) -> tuple[float, float]:
     that chooses the higher reward with confidence sigma(|margin|), over `bins` equal bins of
     confidence between 1/2 and 1, weighted by size."""
     margins = np.asarray(margins)
-    right = (np.sign(margins) + 1) / 2
+    right = np.heaviside(margins, 0.5)
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     bucket = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
     gaps = [
@@ -171,7 +179,7 @@ class Game:
         settings |= dict(top_k=0, top_p=1.0) | decoding
         writer = Writer(str(model), "--model", Namespace(**settings), self.device)
         texts = writer.answers(prompts, temperature, out, "model")
-        rows = [json.loads(x) for x in (out / f"model-T{temperature:g}.jsonl").open()]
+        rows = read_rows(str(out / f"model-T{temperature:g}.jsonl"), "train")
         ended = [row["ended"] for row in rows]
         return [
             [text for s, text in enumerate(of_prompt) if ended[i * samples + s]]
@@ -189,8 +197,7 @@ class Game:
                     triplets.append(self.encoder.triplet(messages, *answers, self.length, 0, notes))
                 except RowFault as reason:
                     dropped[str(reason)] += 1
-        said = ", ".join(f"{k} {n}" for k, n in dropped.most_common()) or "none"
-        print0(f"{len(triplets)} pairs of golden answer and sample; dropped: {said}")
+        print0(f"{len(triplets)} pairs of golden answer and sample; dropped: {counts(dropped)}")
         return triplets
 
     def train_reward(self, variant, samples, folder) -> list[float]:
@@ -295,8 +302,7 @@ class Game:
 
 def miniature_golden(seed) -> dict[str, str]:
     golden = {}
-    for line in (miniature.ROOT / f"seed{seed}" / "train.jsonl").open():
-        row = json.loads(line)
+    for row in read_rows(str(miniature.world(seed) / "train.jsonl"), "train"):
         golden.setdefault(row["prompt"], row["solution"])
     return golden
 
@@ -309,12 +315,10 @@ def exam_of(args) -> list[miniature.Task]:
 
 
 def play_all(args, argv, device, stack):
-    begin, ranks = time.perf_counter(), dist.get_world_size()
-    if args.batch_size % ranks:
-        raise InputError(f"--batch_size {args.batch_size} is not divisible by {ranks} ranks")
-    world = miniature.ROOT / f"seed{args.seed}"
-    if args.golden is None or world in {Path(p).parent for p in (args.model, args.human)}:
-        distributed.from_rank_0(lambda: miniature.build(args.seed, log=print0), "miniature:")
+    begin = time.perf_counter()
+    distributed.check_batch_size(args.batch_size)
+    golden = args.golden or str(miniature.world(args.seed) / "train.jsonl")
+    miniature.build_if_used(args.seed, args.model, args.human, golden)
     game = Game(args, device)
     out = claim_with_config(args, stack, game.fingerprint)
     print0(
@@ -421,7 +425,7 @@ def parse_args(argv):
     split = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:split])
     args.to_aligner = argv[split + 1 :]
-    world = miniature.ROOT / f"seed{args.seed}"
+    world = miniature.world(args.seed)
     own = {"model": "model", "human": "train.jsonl", "held_out": "test.jsonl"}
     if args.golden is None:
         own["exam"] = "prompts.jsonl"

@@ -65,6 +65,7 @@ from losses import (
     needs_reference,
     relativistic_bce,
     rewards,
+    share_above_0,
 )
 from metrics import (
     add_alignment,
@@ -81,7 +82,7 @@ FINAL_TEMPERATURES = 0.0, 0.7, 1.0
 # ---------------------------------------------------------------------- set-up
 
 
-def check_input(args, world: int, device: torch.device):
+def check_input(args, device: torch.device):
     """All that can be refused before a weight is read -> tokenizer, config, data, held-out data."""
     if (
         args.dtype == "bfloat16"
@@ -89,8 +90,7 @@ def check_input(args, world: int, device: torch.device):
         and not torch.cuda.is_bf16_supported()
     ):
         raise InputError("--dtype bfloat16: this GPU cannot; pass --dtype float32")
-    if args.batch_size % world:
-        raise InputError(f"--batch_size {args.batch_size} is not divisible by {world} ranks")
+    distributed.check_batch_size(args.batch_size)
     config = read_model_config(args.model, args.max_length)
     ref_config = read_model_config(args.ref_model, args.max_length, "--ref_model")
     tokenizer = read_tokenizer(args.model, args.chat_template)
@@ -328,7 +328,7 @@ def evaluate(run, triplets: list[Triplet]) -> dict | None:
         lp, *_ = two_models(run, pack(mine or triplets[:1]).to(run.device))
         chosen, rejected = rewards(lp, run.args)
         loss, margin = OPO_LOSSES[run.args.loss](lp, run.args), chosen - rejected
-        rows = torch.stack([loss, (margin.sign() + 1) / 2, margin, torch.ones_like(margin)])
+        rows = torch.stack([loss, share_above_0(margin), margin, torch.ones_like(margin)])
         totals += rows.double().sum(1) * bool(mine)
     dist.all_reduce(totals)
     loss, accuracy, margin, pairs = totals.tolist()
@@ -379,14 +379,13 @@ def begin(run, out_dir, data) -> int:
 
 def train(args, argv, stack, device) -> bool:
     """The loop -> whether a signal has asked for an end."""
-    world = miniature.ROOT / f"seed{args.seed}"
-    if world in (Path(args.model).parent, Path(args.dataset).parent):  # built at first use
-        distributed.from_rank_0(lambda: miniature.build(args.seed, log=print0), "miniature:")
-    tokenizer, config, data, held_out = check_input(args, dist.get_world_size(), device)
+    miniature.build_if_used(args.seed, args.model, args.dataset)
+    tokenizer, config, data, held_out = check_input(args, device)
     epoch = (pairs_of(data, step, args) for step in range(len(data.triplets) // args.batch_size))
     cut = estimate.survey(epoch, args, dist.get_world_size())
     shards = distributed.sharing_ranks()
     needs = estimate.needed_memory(forward_pairs, args, config, cut, device, shards)
+    print0(estimate.gigabytes(needs))
     estimate.refuse_what_cannot_fit(needs, device)
     out_dir = claim_out_dir(args, stack)
     args.out_dir = str(out_dir)
@@ -397,7 +396,7 @@ def train(args, argv, stack, device) -> bool:
     run.max_steps = args.max_steps or run.steps_per_epoch * args.epochs
     last = min(run.max_steps, args.stop_after or run.max_steps)
     torch.manual_seed(args.seed + 1 + run.rank)  # the critics' dropout is the only noise to come
-    report.print_header(run, tokenizer, data, held_out, cut, needs)
+    report.print_header(run, tokenizer, data, held_out, cut)
     run_config = json.loads(json.dumps(report.config_of(run, data, held_out)))
     if args.resume:
         report.check_same(report.read_config(out_dir), run_config)

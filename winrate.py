@@ -16,6 +16,12 @@ RESULT_COLUMNS = (
 L1 = 0.37
 
 
+def standard_error(values: np.ndarray) -> np.ndarray:
+    """Of the mean of independent values (n, ...) over the first axis; 0 where there is but one."""
+    n = len(values)
+    return values.std(0, ddof=1) / n**0.5 if n > 1 else 0 * values[0]
+
+
 def mean_and_error(rows: list[dict], key: str, scale: float = 1.0):
     """Mean of a key over the answers, and its standard error over the prompts; None, None where no
     row has it."""
@@ -26,8 +32,7 @@ def mean_and_error(rows: list[dict], key: str, scale: float = 1.0):
     means = scale * np.array([np.mean(v) for v in values.values()])
     if not len(means):
         return None, None
-    error = means.std(ddof=1) / len(means) ** 0.5 if len(means) > 1 else 0.0
-    return float(means.mean()), float(error)
+    return float(means.mean()), float(standard_error(means))
 
 
 def length_controlled(win, delta, difficulty=None, gamed=None) -> float:
