@@ -334,7 +334,7 @@ def run_here(workload, args, flags, folder) -> dict:
     config, model_dir = AutoConfig.from_pretrained(workload), str(folder / "model")
     config.save_pretrained(model_dir)
     given = [f"--model={model_dir}", f"--batch_size={args.batch_size}", "--lambda_adv=0"]
-    given += ["--max_length=2048", *["--dtype=bfloat16"] * args.bf16]
+    given += ["--max_length=2048"]
     train_args = train_ganpo.parse_args(given + flags)
     if args.estimate:
         return compute(args, train_args, steps, model_dir)
@@ -354,7 +354,6 @@ def main(argv=None):
     parser.add_argument("--shape", choices=SHAPES, default="v32k", help="of its own workload")
     parser.add_argument("--batch_size", type=int, default=8, help="pairs per step")
     parser.add_argument("--steps", type=int, default=2, help="timed ones")
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--json", action="store_true", help="an object as the last line")
     parser.add_argument("--vs", metavar="COMMAND", help="another program, in alternation")
     parser.add_argument("--estimate", type=int, metavar="RANKS", help="compute, run nothing")

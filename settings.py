@@ -56,7 +56,6 @@ def flags():
     add = parser.add_argument_group("adversarial regulariser").add_argument
     critics = [name for name in DISCRIMINATORS if name != "paired"] + ["mse"]
     add("--lambda_adv", type=at_least_0, help="0: plain --loss [1, App. B; mini 0.1; paired 10]")
-    add("--lambda_warmup", type=fraction, default=0.0, help="share of steps to rise in [0, ours]")
     add("--adv_loss", choices=["minimax", "nonsaturating"], default="minimax", help="[Eq 18]")
     add("--mean", choices=["ema", "batch"], default="ema", help="means of the scores [ema, Alg. 1]")
     add("--ema_decay", type=number(float, 0, 0.999999), default=0.9, help="alpha [0.9, App. B]")

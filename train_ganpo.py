@@ -145,17 +145,12 @@ def build(args, config, device: torch.device) -> SimpleNamespace:
     return run
 
 
-def rise(step: int, steps: int) -> float:
-    """From 1 / steps at step 0 linearly to 1."""
-    return min(1.0, (step + 1) / steps) if steps else 1.0
-
-
 def schedule(step: int, max_steps: int, warmup: float) -> float:
     """App. B's rate as a share of its peak: (t + 1) / W for t < W = ceil(warmup T), then cosine to
     0."""
     warmup_steps = math.ceil(warmup * max_steps)
     if step < warmup_steps:
-        return rise(step, warmup_steps)
+        return (step + 1) / warmup_steps
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup_steps) / (max_steps - warmup_steps))
 
 
@@ -214,7 +209,6 @@ def train_step(run, batches: Iterable[Packed], step: int) -> dict[str, float]:
     otherwise each micro-batch goes backward at once.
     """
     args, adversarial = run.args, run.args.lambda_adv > 0
-    lambda_adv = args.lambda_adv * rise(step, math.ceil(args.lambda_warmup * run.max_steps))
     factor = schedule(step, run.max_steps, args.warmup)
     set_lr(run.optimizer, args.lr * factor)
     share = run.world / args.batch_size  # FSDP2 averages over ranks; the loss is a mean over pairs
@@ -232,7 +226,7 @@ def train_step(run, batches: Iterable[Packed], step: int) -> dict[str, float]:
         if run.critics:
             kept.append(out)
         elif adversarial:
-            (out.loss + lambda_adv * share * out.mse.sum()).backward()
+            (out.loss + args.lambda_adv * share * out.mse.sum()).backward()
         else:
             out.loss.backward()
 
@@ -244,7 +238,7 @@ def train_step(run, batches: Iterable[Packed], step: int) -> dict[str, float]:
         # lines 20-24: the policy, through the updated and now frozen discriminators [choice 6]
         run.critics.requires_grad_(False).eval()
         for loss, term in game.terms(run, kept, sums, metrics):
-            (loss + lambda_adv * run.world * term).backward()
+            (loss + args.lambda_adv * run.world * term).backward()
     norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), args.grad_clip)
     metrics["grad_norm"] = norm.full_tensor()
     metrics = reduce_metrics(sums, metrics, args)
