@@ -7,14 +7,12 @@ rank and in forked ones for two. The oracles are naive: one padded sequence at a
 model's own forward, Algorithm 1 written out in float64.
 """
 
-import ast
 import csv
 import json
 import math
 import os
 import random
 import re
-import shlex
 import shutil
 import socket
 import statistics
@@ -27,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -36,16 +33,10 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import bench
-import discriminator
 import distributed
 import estimate
-import eval_alpaca
 import game
-import losses
 import report
-import reward_model
-import train_apo
 import train_ganpo
 from checkpoint import load_discriminators
 from data import Triplet, batch_indices, load_pairs, pack
@@ -1088,106 +1079,6 @@ def test_readme_command_on_real_preferences_with_one_and_two_processes(loss, tmp
     close(rows[0][3], rows[1][3], 1e-3)
 
 
-# ---------------------------------------------------------------------- bench.py
-
-
-@pytest.fixture
-def workload(tmp_path):
-    config = AutoConfig.for_model(
-        "llama", vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2,
-    )  # fmt: skip
-    config.save_pretrained(tmp_path / "load")
-    g = torch.Generator().manual_seed(0)
-    lengths = [(7, 9, 5), (4, 12, 8), (6, 10, 11), (9, 3, 5), (8, 8, 8), (5, 6, 7)]
-    with (tmp_path / "load" / "pairs.jsonl").open("w") as file:
-        for row in lengths:
-            ids = [torch.randint(10, 500, (n,), generator=g).tolist() for n in row]
-            names = ("prompt_ids", "chosen_ids", "rejected_ids")
-            file.write(json.dumps(dict(zip(names, ids, strict=True))) + "\n")
-    return tmp_path / "load", lengths
-
-
-def benched(capsys, *argv):
-    """-> what it printed, and the object in its last line."""
-    bench.main([*map(str, argv), "--json"])
-    printed = capsys.readouterr().out
-    return printed, json.loads(printed.splitlines()[-1])
-
-
-def test_bench_counts_real_tokens_phases_and_the_products_of_the_step(
-    workload, monkeypatch, capsys
-):
-    monkeypatch.setattr(bench, "matrix_rate", lambda *a: 1e9)
-    folder, lengths = workload
-    more = (folder, "--batch_size=2", "--steps=2", "--disc_hidden=32")
-    plain, ganpo = (benched(capsys, *more, "--lambda_adv", x) for x in (0, 1))
-    tokens = sum(2 * p + c + r for p, c, r in lengths[2:])  # the first batch warms up
-    for printed, result in (plain, ganpo):
-        assert result["tokens_per_s"] * result["step_s"] * 2 == pytest.approx(tokens)
-        assert 0.1 < result["peak_gb"] < 8 and 0 < result["estimated_gb"] < 0.1
-        assert result["matrix_rate_share"] == pytest.approx(result["tflops"] * 1e3)
-        assert "tokens/s" in printed
-    phases = {"data", "reference", "policy forward", "backward", "optimiser", "other"}
-    assert set(plain[1]["phases"]) == phases
-    assert set(ganpo[1]["phases"]) == phases | {"discriminators"}
-    # the products of the last batch, each prompt once
-    rows, answers = sum(map(sum, lengths[4:])), sum(c + r for _, c, r in lengths[4:])
-    per_layer = 4 * 64 * 64 + 3 * 64 * 128
-    trunk = 2 * 2 * per_layer * rows * (1 + 3)  # reference; policy forward and backward
-    head = 2 * 64 * 500 * answers * (1 + 4)  # with the logits computed twice
-    assert 1 <= plain[1]["flops"] / (trunk + head) < 1.1  # the attention itself is small
-
-
-def test_bench_estimates_from_the_shape_alone(workload, monkeypatch, capsys):
-    monkeypatch.setattr("policy.AutoModelForCausalLM.from_pretrained", None)
-    folder, lengths = workload
-    more = (folder, "--batch_size=6", "--steps=0", "--checkpointing")
-    printed, two = benched(capsys, *more, "--estimate=2")
-    assert "1 to 1 forwards" in printed and "graphs" in printed
-    rows, answers = sum(map(sum, lengths)), sum(c + r for _, c, r in lengths)
-    products = 2 * (2 * (4 * 64 * 64 + 3 * 64 * 128) * rows + 64 * 500 * answers)
-    assert 1 <= two["flops"] / (5 * products) < 1.1  # backward counts twice, and checkpointing
-    assert two["step_s"] == pytest.approx(two["flops"] / 2 / (0.36 * 989e12))
-    _, simpo = benched(capsys, *more, "--estimate=2", "--loss=simpo")
-    assert simpo["flops"] == pytest.approx(two["flops"] * 4 / 5)
-    assert simpo["estimated_gb"] < two["estimated_gb"]
-
-
-def test_bench_makes_workloads_of_three_shapes(tmp_path):
-    for shape, (config, lengths) in bench.SHAPES.items():
-        (tmp_path / shape).mkdir()
-        bench.make_workload(tmp_path / shape, shape, 3)
-        assert AutoConfig.from_pretrained(tmp_path / shape).hidden_size == config.hidden_size
-        for t in bench.read_workload(tmp_path / shape, 3):
-            for ids, (_, low, high) in zip(t[:3], lengths, strict=True):
-                assert low <= len(ids) <= high and ids.max() < config.vocab_size
-
-
-@pytest.mark.slow
-def test_bench_puts_another_program_beside_itself(workload, capsys, monkeypatch):
-    line = json.dumps({"tokens_per_s": 1.0, "step_s": [0.5, 1.5], "peak_gb": 2.0})
-    bench.main([str(workload[0]), "--batch_size=2", "--steps=2", "--vs", f"echo '{line}'"])
-    printed = capsys.readouterr().out.splitlines()[1:]
-    rows = {x.split()[0]: [float(v) for v in x.split()[1:]] for x in printed}
-    assert set(rows) == {"tokens_per_s", "step_s", "peak_gb"}
-    here, other, ratio = rows["tokens_per_s"]
-    assert other == 1 and here > 1 and ratio == pytest.approx(here, abs=0.01)
-    assert rows["step_s"][1] == 1  # a list of steps counts as their mean
-    monkeypatch.setattr(bench, "ROUNDS", 1)
-    with pytest.raises(SystemExit, match="^bench.py: .*echo hello printed no such line"):
-        bench.main([str(workload[0]), "--batch_size=2", "--vs", "echo hello"])
-
-
-def test_bench_refuses_what_it_cannot_measure(workload, tmp_path):
-    for argv, message in (
-        ((tmp_path / "nothing",), "no workload"),
-        ((workload[0], "--batch_size=4"), "6 pairs, 12 needed"),
-    ):
-        with pytest.raises(SystemExit, match=rf"^bench.py: .*{message}"):
-            bench.main([str(x) for x in argv])
-
-
 # ---------------------------------------------------------------------- the golden trajectory
 
 GOLDEN = HERE / "assets" / "golden.csv"  # python test_train.py writes it anew
@@ -1213,107 +1104,6 @@ def test_ten_steps_follow_the_committed_trajectory(tmp_path):
     assert len(golden) == 10 and golden[-1]["loss_opo"] < golden[0]["loss_opo"] - 0.05
     for a, b in zip(golden, found, strict=True):
         close(a, {k: v for k, v in b.items() if k in a}, 1e-5)
-
-
-# ---------------------------------------------------------------------- README
-
-
-README = (HERE / "README.md").read_text()
-
-
-def test_readme_names_every_file_with_its_lines_and_every_function_with_its_place():
-    files = dict(re.findall(r"^\| \[(\S+)\]\(\S+\) \| (\d+) \|", README, re.M))
-    assert set(files) == {p.name for p in HERE.glob("*.py")} | {"plain_chat.jinja"}
-    wrong = [
-        f"{name} has {count} lines"
-        for name, claimed in files.items()
-        if (count := len((HERE / name).read_text().splitlines())) != int(claimed)
-    ]
-    places = re.findall(r"`(\w+)` (\w+\.py):(\d+)", README)
-    for function, name, line in places:
-        lines = (HERE / name).read_text().splitlines()
-        (found,) = [i for i, text in enumerate(lines, 1) if re.match(rf" *def {function}\(", text)]
-        if found != int(line):
-            wrong.append(f"{function} is at {name}:{found}")
-    assert len(places) > 10 and not wrong, wrong
-
-
-def test_readmes_commands_are_understood():
-    """By the programs' own parsers; that they run, in small, is what the other tests show."""
-    programs = [train_ganpo, eval_alpaca, reward_model, train_apo]
-    programs, seen = {f"{p.__name__}.py": p for p in programs}, set()
-    text = README.replace("\\\n", " ")
-    for line in re.findall(r"^(?:python|torchrun) .*|`(?:python|torchrun) [^`]*`", text, re.M):
-        words = shlex.split(line.strip("`"), comments=True)
-        name = next(word for word in words if word.endswith(".py"))
-        assert (HERE / name).is_file(), line
-        if name in programs:
-            programs[name].parse_args(words[words.index(name) + 1 :])
-            seen.add(name)
-    assert seen == set(programs)
-
-
-def test_readme_choices_are_those_that_the_code_cites():
-    table = README.split("## Choices")[1].split("##")[0]
-    rows = {int(k) for k in re.findall(r"^\| (\d+) \|", table, re.M)}
-    code = "".join(p.read_text() for p in HERE.glob("*.py") if not p.name.startswith("test_"))
-    assert rows == set(range(1, 22)) == {int(k) for k in re.findall(r"\[choice (\d+)\]", code)}
-
-
-def test_no_program_or_function_is_longer_than_readme_says():
-    promise = r"more than (\d+) lines, no function of one more than (\d+), .* `train`, with (\d+)"
-    files, most, loop = map(int, re.search(promise, README).groups())
-    for path in HERE.glob("*.py"):
-        if path.name.startswith("test_"):
-            continue
-        source = path.read_text()
-        assert len(source.splitlines()) <= files, path.name
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.FunctionDef):
-                limit = loop if (path.stem, node.name) == ("train_ganpo", "train") else most
-                assert node.end_lineno - node.lineno < limit, (path.name, node.name)
-
-
-OTHERS = re.findall(r"```python\n(.*?)```", README, re.S)
-
-
-def test_readmes_other_preference_loss_trains(tiny_world, tmp_path):
-    try:
-        exec(OTHERS[0], vars(losses))
-        rows, _ = run(tiny_world, tmp_path / "r", "--loss=hinge", "--epochs=4")
-    finally:
-        losses.OPO_LOSSES.pop("hinge")
-    assert rows[0]["loss_opo"] == 1 and rows[-1]["loss_opo"] < 0.9
-
-
-def test_readmes_other_critic_plays(tiny_world, tmp_path):
-    try:
-        exec(OTHERS[1], vars(discriminator))
-        rows, _ = run(tiny_world, tmp_path / "r", "--disc=last", "--disc_lr=1e-2", "--epochs=4")
-    finally:
-        kind = discriminator.DISCRIMINATORS.pop("last")
-    assert rows[-1]["loss_disc_pos"] < rows[0]["loss_disc_pos"]
-    h, mask = torch.randn(2, 5, 32), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    critic, other = kind(32, 16, 0.9), h.clone()
-    other[0, 3:] = 9.0  # padding
-    assert torch.equal(critic(h, mask), critic(other, mask))
-
-
-def test_readmes_other_data_set_is_read(tmp_path, monkeypatch):
-    def row(i, *scores):
-        answers = [{"response": f"answer {i} {s}", "overall_score": s} for s in scores]
-        return {"instruction": f"Say {i}.", "completions": answers}
-
-    rows = datasets.Dataset.from_list([row(0, 2.0, 9.5, 4.0), row(1, 3.0), row(2, 1.0, 7.0)])
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
-    monkeypatch.chdir(tmp_path)
-    exec(OTHERS[2], {})
-    monkeypatch.undo()
-    found = load_pairs(str(tmp_path / "pairs.jsonl"), "train", tiny(), 64).triplets
-    texts = [tiny().decode(ids).replace(" ", "") for t in found for ids in (t.chosen, t.rejected)]
-    assert len(OTHERS) == 3 and len(texts) == 4
-    for text, score in zip(texts, ("9.5", "2.0", "7.0", "1.0"), strict=True):
-        assert score in text
 
 
 def write_golden():

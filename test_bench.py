@@ -1,0 +1,106 @@
+"""Claims about bench.py: what it times, counts, estimates and compares."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+import bench
+
+
+@pytest.fixture
+def workload(tmp_path):
+    config = AutoConfig.for_model(
+        "llama", vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path / "load")
+    g = torch.Generator().manual_seed(0)
+    lengths = [(7, 9, 5), (4, 12, 8), (6, 10, 11), (9, 3, 5), (8, 8, 8), (5, 6, 7)]
+    with (tmp_path / "load" / "pairs.jsonl").open("w") as file:
+        for row in lengths:
+            ids = [torch.randint(10, 500, (n,), generator=g).tolist() for n in row]
+            names = ("prompt_ids", "chosen_ids", "rejected_ids")
+            file.write(json.dumps(dict(zip(names, ids, strict=True))) + "\n")
+    return tmp_path / "load", lengths
+
+
+def benched(capsys, *argv):
+    """-> what it printed, and the object in its last line."""
+    bench.main([*map(str, argv), "--json"])
+    printed = capsys.readouterr().out
+    return printed, json.loads(printed.splitlines()[-1])
+
+
+def test_bench_counts_real_tokens_phases_and_the_products_of_the_step(
+    workload, monkeypatch, capsys
+):
+    monkeypatch.setattr(bench, "matrix_rate", lambda *a: 1e9)
+    folder, lengths = workload
+    more = (folder, "--batch_size=2", "--steps=2", "--disc_hidden=32")
+    plain, ganpo = (benched(capsys, *more, "--lambda_adv", x) for x in (0, 1))
+    tokens = sum(2 * p + c + r for p, c, r in lengths[2:])  # the first batch warms up
+    for printed, result in (plain, ganpo):
+        assert result["tokens_per_s"] * result["step_s"] * 2 == pytest.approx(tokens)
+        assert 0.1 < result["peak_gb"] < 8 and 0 < result["estimated_gb"] < 0.1
+        assert result["matrix_rate_share"] == pytest.approx(result["tflops"] * 1e3)
+        assert "tokens/s" in printed
+    phases = {"data", "reference", "policy forward", "backward", "optimiser", "other"}
+    assert set(plain[1]["phases"]) == phases
+    assert set(ganpo[1]["phases"]) == phases | {"discriminators"}
+    # the products of the last batch, each prompt once
+    rows, answers = sum(map(sum, lengths[4:])), sum(c + r for _, c, r in lengths[4:])
+    per_layer = 4 * 64 * 64 + 3 * 64 * 128
+    trunk = 2 * 2 * per_layer * rows * (1 + 3)  # reference; policy forward and backward
+    head = 2 * 64 * 500 * answers * (1 + 4)  # with the logits computed twice
+    assert 1 <= plain[1]["flops"] / (trunk + head) < 1.1  # the attention itself is small
+
+
+def test_bench_estimates_from_the_shape_alone(workload, monkeypatch, capsys):
+    monkeypatch.setattr("policy.AutoModelForCausalLM.from_pretrained", None)
+    folder, lengths = workload
+    more = (folder, "--batch_size=6", "--steps=0", "--checkpointing")
+    printed, two = benched(capsys, *more, "--estimate=2")
+    assert "1 to 1 forwards" in printed and "graphs" in printed
+    rows, answers = sum(map(sum, lengths)), sum(c + r for _, c, r in lengths)
+    products = 2 * (2 * (4 * 64 * 64 + 3 * 64 * 128) * rows + 64 * 500 * answers)
+    assert 1 <= two["flops"] / (5 * products) < 1.1  # backward counts twice, and checkpointing
+    assert two["step_s"] == pytest.approx(two["flops"] / 2 / (0.36 * 989e12))
+    _, simpo = benched(capsys, *more, "--estimate=2", "--loss=simpo")
+    assert simpo["flops"] == pytest.approx(two["flops"] * 4 / 5)
+    assert simpo["estimated_gb"] < two["estimated_gb"]
+
+
+def test_bench_makes_workloads_of_three_shapes(tmp_path):
+    for shape, (config, lengths) in bench.SHAPES.items():
+        (tmp_path / shape).mkdir()
+        bench.make_workload(tmp_path / shape, shape, 3)
+        assert AutoConfig.from_pretrained(tmp_path / shape).hidden_size == config.hidden_size
+        for t in bench.read_workload(tmp_path / shape, 3):
+            for ids, (_, low, high) in zip(t[:3], lengths, strict=True):
+                assert low <= len(ids) <= high and ids.max() < config.vocab_size
+
+
+@pytest.mark.slow
+def test_bench_puts_another_program_beside_itself(workload, capsys, monkeypatch):
+    line = json.dumps({"tokens_per_s": 1.0, "step_s": [0.5, 1.5], "peak_gb": 2.0})
+    bench.main([str(workload[0]), "--batch_size=2", "--steps=2", "--vs", f"echo '{line}'"])
+    printed = capsys.readouterr().out.splitlines()[1:]
+    rows = {x.split()[0]: [float(v) for v in x.split()[1:]] for x in printed}
+    assert set(rows) == {"tokens_per_s", "step_s", "peak_gb"}
+    here, other, ratio = rows["tokens_per_s"]
+    assert other == 1 and here > 1 and ratio == pytest.approx(here, abs=0.01)
+    assert rows["step_s"][1] == 1  # a list of steps counts as their mean
+    monkeypatch.setattr(bench, "ROUNDS", 1)
+    with pytest.raises(SystemExit, match="^bench.py: .*echo hello printed no such line"):
+        bench.main([str(workload[0]), "--batch_size=2", "--vs", "echo hello"])
+
+
+def test_bench_refuses_what_it_cannot_measure(workload, tmp_path):
+    for argv, message in (
+        ((tmp_path / "nothing",), "no workload"),
+        ((workload[0], "--batch_size=4"), "6 pairs, 12 needed"),
+    ):
+        with pytest.raises(SystemExit, match=rf"^bench.py: .*{message}"):
+            bench.main([str(x) for x in argv])
