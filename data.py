@@ -374,6 +374,7 @@ def load_pairs(
     check_columns(source, rows)
     encoder = ChatEncoder(tokenizer)
     triplets, faults, too_long, notes = [], Counter(), Counter(), Counter()
+    first_row = {}  # of each fault
     for i, row in enumerate(rows):
         try:
             triplets.append(encoder.triplet(*to_messages(row), max_length, i, notes))
@@ -381,6 +382,7 @@ def load_pairs(
             too_long[str(reason)] += 1
         except RowFault as reason:
             faults[str(reason)] += 1
+            first_row.setdefault(str(reason), i)
         else:
             better, worse = row.get("score_chosen"), row.get("score_rejected")
             if isinstance(better, int | float) and isinstance(worse, int | float):
@@ -391,7 +393,8 @@ def load_pairs(
     if faults.total() > MALFORMED_LIMIT * len(rows):
         raise InputError(
             f"{source}: {faults.total()} of {len(rows)} rows are malformed, more than "
-            f"{MALFORMED_LIMIT:.0%}: {counts(faults)}; {ACCEPTED}"
+            f"{MALFORMED_LIMIT:.0%}: {counts(faults)}; the first of each, from 0:"
+            f" {', '.join(f'{reason} {i}' for reason, i in first_row.items())}; {ACCEPTED}"
         )
     digest = hashlib.sha256()
     for ids in (ids for t in triplets for ids in t[:3]):

@@ -200,6 +200,7 @@ def all_ranks(local: Tensor) -> Tensor:
 def sum_gradients(parameters) -> Tensor:
     """Replaces replicated parameters' gradients by their sum over ranks, in one all-reduce -> the
     norm."""
+    parameters = [p for p in parameters if p.grad is not None]  # the same ones on every rank
     grads = [p.grad for p in parameters]
     flat = torch.cat([g.flatten() for g in grads])
     dist.all_reduce(flat)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 import attention
@@ -79,7 +79,13 @@ def needed_memory(forward_pairs, args, config, cut, device, shards) -> dict[str,
             for layer in run.policy.model.base_model.layers:  # its kernel keeps no scores
                 layer.self_attn.attn_logit_softcapping = None
         forward = partial(forward_pairs, run, sums=defaultdict(float))
-        return memory(run, forward, cut, shards)
+        try:
+            return memory(run, forward, cut, shards)
+        except DataDependentOutputException as error:
+            raise InputError(
+                f"a loss or critic asks for a tensor's value ({error.func}), by .item() or an `if`:"
+                " it must work on tensors that have shapes only, as this estimate does"
+            ) from None
 
 
 def memory(run, forward, cut: Survey, shards: int) -> dict[str, float]:

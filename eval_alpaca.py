@@ -120,7 +120,9 @@ def read_prompts(args) -> list[Prompt]:
     for i, row in enumerate(rows):
         text = (row.get("instruction") or row.get("prompt")) if isinstance(row, dict) else None
         if not isinstance(text, str) or not text.strip():
-            raise InputError(f"--prompts {args.prompts}: row {i} has no instruction or prompt")
+            raise InputError(
+                f"--prompts {args.prompts}: row {i} has no text as instruction or prompt"
+            )
         prompts.append(Prompt(text, row.get("dataset") or Path(args.prompts).stem, row))
     if not prompts:
         raise InputError(f"--prompts {args.prompts}: no rows")

@@ -1,13 +1,23 @@
 """The game between the critics and the policy, lines 12-22 of Algorithm 1, and the paired one.
 
-Both take `kept`, what forward_pairs has left of each micro-batch: its loss, and latents or scores.
-An update moves the critics on detached latents. The terms are, for each micro-batch, its loss and
-a scalar whose gradient with respect to the policy is that of L_adv; they empty `kept`, so that a
-graph is freed as soon as it has gone backward.
+A game is a pair of functions and an entry in GAMES:
+
+    update(run, kept, sums, step) -> metrics        moves run.critics, on detached latents
+    terms(run, kept, sums, metrics) -> (loss, term) per micro-batch, for the policy's backward
+
+kept    what forward_pairs has left of each micro-batch of this rank: latents h (with graph) and
+        h_ref, their mask, or scores; and loss. terms empties it, so that a graph is freed as soon
+        as it has gone backward
+loss    this rank's part of the mean preference loss, ready made
+term    this rank's part of L_adv: what sums over micro-batches and ranks to its gradient
+sums    for the log: sums over this rank's pairs, which become means over all pairs
+metrics for the log: values that are already those of the global batch
+
 Shapes: B pairs on all ranks, b pairs in one micro-batch, L tokens, H hidden.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
@@ -16,7 +26,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import distributed
-from discriminator import build_discriminator
+from discriminator import Discriminator, build_discriminator
 from distributed import all_ranks
 from losses import (
     LN2,
@@ -32,6 +42,14 @@ from losses import (
 from policy import at_least_fp32
 
 Terms = Iterator[tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Game:
+    update: Callable
+    terms: Callable
+    scores: bool  # whether update wants kept's scores (2, 3, b) of quad_scores, or both latents
+    neutral: Callable  # args -> what critics that cannot tell policy from reference would print
 
 
 def critic_settings(args, config) -> dict:
@@ -65,6 +83,16 @@ def autocast(device: torch.device, dtype: torch.dtype, tensors: torch.device):
     return partial(torch.autocast, tensors.type, torch.bfloat16, enabled=bf16)
 
 
+def step_critics(run) -> Tensor:
+    """One update of both critics by the gradients on all ranks, which are summed -> their norm."""
+    norm = distributed.sum_gradients(run.critics.parameters())
+    run.critic_optimizer.step()
+    for critic in run.critics.values():
+        if isinstance(critic, Discriminator):
+            critic.power_iterate()  # [choice 11]
+    return norm
+
+
 # ---------------------------------------------------------------------- the paper's: Eq 18-20
 
 
@@ -72,12 +100,12 @@ def own_scores(run, h: Tensor, mask: Tensor) -> Tensor:
     """Latents (2b, L, H), chosen first -> (2, b): disc_pos on chosen, disc_neg on rejected. With
     --checkpointing they too keep their inputs only."""
     pos, neg = mask.chunk(2)
-    quads = ("disc_pos", h[: len(pos)], pos), ("disc_neg", h[len(pos) :], neg)
+    own = ("disc_pos", h[: len(pos)], pos), ("disc_neg", h[len(pos) :], neg)
     with run.autocast():
         if run.args.checkpointing and torch.is_grad_enabled():
-            scores = [checkpoint(run.critics[k], *x, use_reentrant=False) for k, *x in quads]
+            scores = [checkpoint(run.critics[k], *x, use_reentrant=False) for k, *x in own]
         else:
-            scores = [run.critics[k](*x) for k, *x in quads]
+            scores = [run.critics[k](*x) for k, *x in own]
     return torch.stack(scores)
 
 
@@ -110,10 +138,7 @@ def update_critics(run, kept: list, sums: dict, step: int) -> dict:
     if step % run.args.disc_every == 0:  # [choice 4]
         run.critic_optimizer.zero_grad()
         losses.backward()  # the global loss, with gradient to this rank's own scores: hence a sum
-        metrics["disc_grad_norm"] = distributed.sum_gradients(run.critics.parameters())
-        run.critic_optimizer.step()
-        for critic in run.critics.values():
-            critic.power_iterate()  # [choice 11]
+        metrics["disc_grad_norm"] = step_critics(run)
     return metrics
 
 
@@ -142,6 +167,11 @@ def adversarial_terms(run, kept: list, sums: dict, metrics: dict) -> Terms:
     metrics["loss_adv"], grad = adversarial_gradient(run, torch.cat(s_theta, dim=-1), s_ref)
     for g in grad.split([s.shape[-1] for s in s_theta], dim=-1):
         yield kept.pop(0).loss, (g * s_theta.pop(0)).sum()
+
+
+def neutral_values(args) -> str:
+    terms = (2 if args.mean == "ema" else 4) * (-1 if args.adv_loss == "minimax" else 1)
+    return f"adv {terms * LN2:+.4f}, D {4 * LN2:.4f}, D acc 0.50, d_ra 0, score_gap 0"
 
 
 # ---------------------------------------------------------------------- the paired one
@@ -182,9 +212,7 @@ def paired_update(run, kept: list, sums: dict, step: int) -> dict:
                     sums[f"disc_acc_{sign}"] += won.sum()
                     sums[f"score_gap_{sign}"] += masked_mean(u.detach(), mask).sum()
         if step % args.disc_every == 0:  # [choice 4]
-            norm = distributed.sum_gradients(run.critics.parameters())
-            metrics.setdefault("disc_grad_norm", norm)
-            run.critic_optimizer.step()
+            metrics.setdefault("disc_grad_norm", step_critics(run))
     return metrics
 
 
@@ -200,7 +228,12 @@ def paired_terms(run, kept: list, sums: dict, metrics: dict) -> Terms:
         yield out.loss, losses.sum() / run.args.batch_size
 
 
-GAMES = {
-    "paper": SimpleNamespace(update=update_critics, terms=adversarial_terms),
-    "paired": SimpleNamespace(update=paired_update, terms=paired_terms),
+def paired_neutral_values(args) -> str:
+    of_texts = f" + {LN2:.4f}" if args.critic_input == "h" else ""
+    return f"adv {LN2:+.4f}, D {LN2:.4f}{of_texts} + slopes, D acc 0.50, score_gap 0"
+
+
+GAMES = {  # --critic NAME
+    "paper": Game(update_critics, adversarial_terms, True, neutral_values),
+    "paired": Game(paired_update, paired_terms, False, paired_neutral_values),
 }

@@ -118,6 +118,10 @@ class LogProbs(NamedTuple):
     length_chosen: Tensor
     length_rejected: Tensor
 
+    def per_token(self) -> tuple[Tensor, Tensor]:
+        """The policy's log-probabilities of chosen and rejected, averaged over the response."""
+        return self.logp_chosen / self.length_chosen, self.logp_rejected / self.length_rejected
+
 
 # --loss NAME -> function(lp: LogProbs, args) -> (B,); args has beta and gamma_beta_ratio
 OPO_LOSSES = {}
@@ -151,21 +155,20 @@ def _ipo(lp: LogProbs, args) -> Tensor:
 
 @opo_loss("simpo", needs_ref=False)
 def _simpo(lp: LogProbs, args) -> Tensor:  # [choice 14]
-    chosen, rejected = lp.logp_chosen / lp.length_chosen, lp.logp_rejected / lp.length_rejected
-    return simpo_loss(chosen, rejected, args.beta, args.gamma_beta_ratio)
+    return simpo_loss(*lp.per_token(), args.beta, args.gamma_beta_ratio)
 
 
 @opo_loss("sft", needs_ref=False)
 def _sft(lp: LogProbs, args) -> Tensor:
-    return sft_loss(lp.logp_chosen / lp.length_chosen)
+    return sft_loss(lp.per_token()[0])
 
 
 def rewards(lp: LogProbs, args) -> tuple[Tensor, Tensor]:
-    """What --loss takes as rewards of chosen and rejected, (b,) each: Eq 3-4, or SimPO's mean
-    log-prob."""
+    """What the log calls rewards of chosen and rejected, (b,) each: Eq 3-4's where --loss needs the
+    reference, else SimPO's, beta times the mean log-probability."""
     if OPO_LOSSES[args.loss].needs_ref:
         return implicit_rewards(*lp[:4], args.beta)
-    chosen, rejected = lp.logp_chosen / lp.length_chosen, lp.logp_rejected / lp.length_rejected
+    chosen, rejected = lp.per_token()
     return args.beta * chosen, args.beta * rejected
 
 

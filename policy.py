@@ -110,7 +110,7 @@ def check_config(config, max_length: int):
         )
     positions = config.max_position_embeddings
     if max_length > positions:
-        raise ValueError(f"max_length {max_length} is beyond the model's {positions} positions")
+        raise ValueError(f"--max_length {max_length} is beyond the model's {positions} positions")
 
 
 def read_model_config(name: str, max_length: int, flag: str = "--model"):

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from data import InputError
 from distributed import print0
-from losses import LN2
+from game import GAMES
 from settings import parse_args
 from winrate import standard_error
 
@@ -90,22 +90,12 @@ def log_line(m: dict, max_steps: int, seconds_left: float) -> str:
 
 
 def neutral_values(args) -> str:
-    """What critics that cannot tell policy from reference would print."""
+    """What critics that cannot tell policy from reference would print: the log line's ground."""
     if args.lambda_adv == 0:
         return "lambda_adv 0: plain " + args.loss
     if args.disc == "mse":
         return "neutral values: adv 0 (the squared distance, where policy = reference)"
-    if args.critic == "paired":
-        return (
-            f"neutral values (critics that cannot tell apart): adv {LN2:+.4f}, D {LN2:.4f}"
-            f"{f' + {LN2:.4f}' if args.critic_input == 'h' else ''} + slopes, D acc 0.50,"
-            " score_gap 0"
-        )
-    terms = (2 if args.mean == "ema" else 4) * (-1 if args.adv_loss == "minimax" else 1)
-    return (
-        f"neutral values (critics that cannot tell apart): adv {terms * LN2:+.4f}, D {4 * LN2:.4f},"
-        " D acc 0.50, d_ra 0, score_gap 0"
-    )
+    return f"neutral values (critics that cannot tell apart): {GAMES[args.critic].neutral(args)}"
 
 
 def print_header(run, tokenizer, data, held_out, cut):
@@ -122,7 +112,8 @@ def print_header(run, tokenizer, data, held_out, cut):
     print0(
         f"{args.batch_size} pairs/step = {ranks} x {forwards} forward(s) of up to"
         f" {args.micro_batch_size} pairs, {args.micro_tokens:,} tokens; {len(data.triplets)} pairs"
-        f" = {run.steps_per_epoch} steps/epoch, {len(data.triplets) % args.batch_size} left over;"
+        f" = {len(data.triplets) // args.batch_size} steps/epoch,"
+        f" {len(data.triplets) % args.batch_size} left over;"
         f" {run.max_steps} steps"
     )
     print0(f"attention: {run.policy.attention_kind}")
@@ -142,6 +133,7 @@ def print_header(run, tokenizer, data, held_out, cut):
         if len(ids) > 50:
             answer = f"{tokenizer.decode(ids[:25])} [...] {tokenizer.decode(ids[-25:])}"
         prompt, sizes = tokenizer.decode(t.prompt[-50:]), f"{len(t.prompt)} + {len(ids)} tokens"
+        prompt = "[...] " * (len(t.prompt) > 50) + prompt
         print0(f"first pair, {name}: {prompt!r} >>>{answer!r}<<< ({sizes})")
 
 
@@ -156,21 +148,23 @@ FREE = (  # what may change when a run is resumed: its result stays the same
 ).split()
 
 
-def config_of(run, data, held_out) -> dict:
-    """All settings, versions, the data's fingerprint, and the numbers that follow from them."""
+def config_of(args, device, data, held_out, max_steps: int) -> dict:
+    """All settings, versions, the data's fingerprint, and the numbers that follow from them, as
+    they come back from config.json."""
     names = ("torch", "transformers", "datasets", "numpy")
-    return vars(run.args) | {
+    config = vars(args) | {
         "versions": {n: version(n) for n in names} | {"python": platform.python_version()},
-        "device": str(run.device),
-        "ranks": run.world,
+        "device": str(device),
+        "ranks": dist.get_world_size(),
         "data_fingerprint": data.fingerprint,
         "held_out_fingerprint": held_out.fingerprint if held_out else None,
         "pairs": len(data.triplets),
         "dropped": data.dropped,
         "notes": data.notes,
-        "steps_per_epoch": run.steps_per_epoch,
-        "total_steps": run.max_steps,
+        "steps_per_epoch": len(data.triplets) // args.batch_size,
+        "total_steps": max_steps,
     }
+    return json.loads(json.dumps(config))
 
 
 def read_config(out_dir) -> dict | None:
@@ -187,6 +181,8 @@ def check_same(old: dict, new: dict):
     changed = [k for k in sorted({*old, *new} - {*FREE}) if old.get(k) != new.get(k)]
     if changed:
         was = "; ".join(f"{k} was {old.get(k)}, is now {new.get(k)}" for k in changed)
+        if "total_steps" in changed:  # which set the learning rate of every step
+            was += " (of --epochs, --max_steps: to train on, begin a new run from its hf/)"
         raise InputError(f"--resume: {was}")
 
 

@@ -8,6 +8,7 @@ from attention import LAYOUTS
 from data import InputError
 from discriminator import DISCRIMINATORS
 from flags import DTYPES, Parser, at_least_0, count, fraction, natural, number, positive
+from game import GAMES
 from losses import OPO_LOSSES
 
 # fmt: off
@@ -67,7 +68,7 @@ def flags():
     add("--disc_padding", action="store_true", help="let it pool padding, as the published code")
     add("--disc_every", type=count, default=1, help="steps per discriminator update [1, Alg. 1]")
     add = parser.add_argument_group("the paired critic, beyond the paper").add_argument
-    add("--critic", choices=["paper", "paired"], help="the game [paper, Eq 18-20]")
+    add("--critic", choices=GAMES, help="the game it plays with the policy [paper, Eq 18-20]")
     add("--critic_input", choices=["h", "diff"], default="diff", help="or h - h_ref [diff, ours]")
     add("--disc_steps", type=count, help="updates per step of the policy [1, for h 5, ours]")
     add("--r1", type=at_least_0, default=10.0, help="weight of its slopes' penalty [10, ours]")
@@ -89,7 +90,7 @@ def flags():
     add = parser.add_argument_group("running").add_argument
     add("--save_every", type=natural, help="steps between states, 0: at the end [50; mini 0]")
     add("--keep", type=count, default=2, help="newest states that stay [2]")
-    add("--eval_every", type=natural, help="steps between held-out evaluations [50; mini 32]")
+    add("--eval_every", type=natural, help="steps between evaluations, and the end [50; mini 32]")
     add("--final_eval", type=natural, help="prompts of mini's final table [mini 1000]")
     add("--seed", type=natural, default=0, help="[0]")
     add("--out_dir", help="[the next free out/run-NNN]")
@@ -119,7 +120,7 @@ def parse_args(argv):
     derived = ("simpo_beta", "disc_lr_ratio", "eval_split", "eval_every", "final_eval")
     parser.set_defaults(**{k: v for k, v in preset.items() if k not in derived})
     args = parser.parse_args(argv)
-    for name in NO_USE[args.critic]:
+    for name in NO_USE.get(args.critic, []):
         if any(word.split("=")[0] == f"--{name}" for word in argv):
             raise InputError(f"--critic {args.critic} has no use for --{name}")
     if args.disc_steps is None:

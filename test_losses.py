@@ -313,7 +313,7 @@ def test_registered_losses_take_sums_and_divide_by_the_lengths_where_they_need_m
 
 def test_the_losses_on_offer_say_whether_they_need_the_reference():
     marks = {name: loss.needs_ref for name, loss in OPO_LOSSES.items()}
-    assert marks == {"dpo": True, "ipo": True, "simpo": False, "sft": False}
+    assert marks.items() >= {"dpo": True, "ipo": True, "simpo": False, "sft": False}.items()
 
 
 def test_a_loss_of_ones_own_is_offered_under_its_name():

@@ -12,13 +12,14 @@ import torch
 
 import discriminator
 import eval_alpaca
+import game
 import losses
 import reward_model
 import train_apo
 import train_ganpo
 from data import load_pairs
 from test_data import tiny
-from test_train import run, tiny_world
+from test_train import close, run, tiny_world
 
 __all__ = ["tiny_world"]  # the fixture
 
@@ -122,6 +123,26 @@ def test_readmes_other_critic_plays(tiny_world, tmp_path):
     assert torch.equal(critic(h, mask), critic(other, mask))
 
 
+def add_gan(rank):
+    exec(OTHERS[2], vars(game))
+
+
+def test_readmes_other_game_is_played_the_same_on_two_ranks(tiny_world, tmp_path):
+    more = "--critic=gan", "--disc_lr=1e-2", "--epochs=4"
+    try:
+        add_gan(0)
+        alone, _ = run(tiny_world, tmp_path / "1", *more, "--micro_batch_size=8")
+    finally:
+        game.GAMES.pop("gan")
+    two = dict(ranks=2, prepare=add_gan)
+    shared, _ = run(tiny_world, tmp_path / "2", *more, "--micro_batch_size=3", **two)
+    assert abs(alone[0]["loss_adv"] - 2 * game.LN2) < 0.2
+    assert alone[-1]["disc_grad_norm"] > 0 and alone[-1]["loss_adv"] != alone[0]["loss_adv"]
+    assert len(alone) == 12
+    for a, b in zip(alone, shared, strict=True):
+        close(a, b, 1e-5)
+
+
 def test_readmes_other_data_set_is_read(tmp_path, monkeypatch):
     def row(i, *scores):
         answers = [{"response": f"answer {i} {s}", "overall_score": s} for s in scores]
@@ -130,10 +151,10 @@ def test_readmes_other_data_set_is_read(tmp_path, monkeypatch):
     rows = datasets.Dataset.from_list([row(0, 2.0, 9.5, 4.0), row(1, 3.0), row(2, 1.0, 7.0)])
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
     monkeypatch.chdir(tmp_path)
-    exec(OTHERS[2], {})
+    exec(OTHERS[3], {})
     monkeypatch.undo()
     found = load_pairs(str(tmp_path / "pairs.jsonl"), "train", tiny(), 64).triplets
     texts = [tiny().decode(ids).replace(" ", "") for t in found for ids in (t.chosen, t.rejected)]
-    assert len(OTHERS) == 3 and len(texts) == 4
+    assert len(OTHERS) == 4 and len(texts) == 4
     for text, score in zip(texts, ("9.5", "2.0", "7.0", "1.0"), strict=True):
         assert score in text

@@ -36,6 +36,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import distributed
 import estimate
 import game
+import losses
 import report
 import train_ganpo
 from checkpoint import load_discriminators
@@ -697,7 +698,7 @@ def test_metrics_have_every_column_and_leave_empty_what_has_no_value(
     rows, _ = run(tiny_world, out, "--max_steps=2", "--lambda_adv=1", *more)
     header = (out / "metrics.csv").read_text().splitlines()[0].split(",")
     assert header[:3] == ["step", "loss_opo", "loss_adv"] and header[-1] == "seconds"
-    assert len(header) == 25
+    assert header == report.COLUMNS
     assert [r["step"] for r in rows] == [1, 2]
     for row in rows:
         assert not columns & set(row)
@@ -812,7 +813,7 @@ def test_eval_csv_is_the_exact_mean_however_it_is_cut(tiny_world, tmp_path):
     for name, size, ranks in (("a", 8, 1), ("b", 2, 1), ("c", 3, 2)):
         run(tiny_world, tmp_path / name, *more, f"--micro_batch_size={size}", ranks=ranks)
         results.append(rows_of(tmp_path / name / "eval.csv"))
-    assert [(r["step"], r["pairs"]) for r in results[0]] == [(2, 11)]
+    assert [(r["step"], r["pairs"]) for r in results[0]] == [(2, 11), (3, 11)]  # and the end
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             close(a, b, 1e-5)
@@ -919,7 +920,7 @@ BAD = [  # flags, and what the one line must say
     (["--model=nowhere/at/all"], "--model nowhere/at/all: no such folder"),
     (["--max_length=2"], "fewer pairs than --batch_size 8: 0 of 28 rows; dropped: prompt leaves"),
     (["--out_dir=/proc/run"], "--out_dir [Errno 2] No such file or directory: '/proc/run'"),
-    (["--max_length=512"], "max_length 512 is beyond the model's 256 positions"),
+    (["--max_length=512"], "--max_length 512 is beyond the model's 256 positions"),
     (["--chat_template=nowhere.jinja"], "--chat_template: "),
     (["--eval_every=2"], "pass --eval_split"),
     (["--final_eval=5"], "--final_eval is for the miniature's data only"),
@@ -1008,6 +1009,27 @@ def test_an_out_dir_that_holds_a_run_is_refused_and_untouched(tiny_world, tmp_pa
     with pytest.raises(SystemExit, match="holds a run: pass --resume"):
         train_ganpo.main(flags(tiny_world, tmp_path / "r"))
     assert rows_of(tmp_path / "r" / "metrics.csv") == rows
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda lp, args: (lp.logp_rejected - lp.logp_chosen).mean(),
+    lambda lp, args: torch.stack([lp.logp_chosen, lp.logp_rejected]),
+])  # fmt: skip
+def test_a_loss_that_is_no_value_per_pair_is_refused(wrong, tiny_world, tmp_path, monkeypatch):
+    wrong.needs_ref = True
+    monkeypatch.setitem(losses.OPO_LOSSES, "wrong", wrong)
+    with pytest.raises(SystemExit, match="--loss wrong: shape .*, not one value per pair"):
+        train_ganpo.main(flags(tiny_world, tmp_path / "r", "--loss=wrong"))
+
+
+def test_a_loss_that_asks_for_a_value_is_refused_by_the_estimate(tiny_world, tmp_path, monkeypatch):
+    def curious(lp, args):
+        return lp.logp_rejected * (0 if lp.logp_chosen.sum() > 0 else 1)
+
+    curious.needs_ref = False
+    monkeypatch.setitem(losses.OPO_LOSSES, "curious", curious)
+    with pytest.raises(SystemExit, match="asks for a tensor's value .*_local_scalar_dense"):
+        train_ganpo.main(flags(tiny_world, tmp_path / "r", "--loss=curious"))
 
 
 def test_a_diverging_run_stops_before_the_update(tiny_world, tmp_path):

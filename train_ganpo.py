@@ -11,7 +11,6 @@ Shapes: B pairs, T tokens of a packed row, L of a sequence, H hidden; b pairs in
 on one rank.
 """
 
-import json
 import math
 import shlex
 import sys
@@ -25,6 +24,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import AutoConfig
 
 import attention
@@ -114,7 +114,7 @@ def build(args, config, device: torch.device) -> SimpleNamespace:
     """Models, critics and optimisers, only those that the settings need -> `run`, which the rest
     takes: args, device, rank, world; policy and ref (policy.PackedLM, sharded; ref may be None),
     critics (ModuleDict of disc_pos and disc_neg, or None), their optimizer and critic_optimizer,
-    autocast() for the critics. train adds players, signals, steps_per_epoch and max_steps."""
+    autocast() for the critics. train adds players, signals and max_steps."""
     dtype, run = DTYPES[args.dtype], SimpleNamespace(args=args, device=device)
     run.rank, run.world = dist.get_rank(), dist.get_world_size()
     mesh = distributed.make_mesh(device)
@@ -171,17 +171,20 @@ def two_models(run, batch: Packed, head_probe=None):
 
 def forward_pairs(run, batch: Packed, sums: dict) -> SimpleNamespace:
     """Lines 7-12 on one micro-batch -> what the step needs of it, with graphs: losses (b,); latents
-    h and h_ref (2b, L, H) with their mask, or mse (b,) for --disc mse; scores of detached latents
-    (2, 3, b); and watched, without graphs, what should be finite of each pair. Adds to the sums
-    over pairs that become metrics."""
+    h and h_ref (2b, L, H) with their mask; mse (2b,) for --disc mse; scores of detached latents (2,
+    3, b); and watched, without graphs, what should be finite of each pair. Adds to the sums over
+    pairs that become metrics. InputError if --loss does not give one value per pair."""
     args, adversarial, out = run.args, run.args.lambda_adv > 0, SimpleNamespace()
     probe = add_squares(sums, "opo_grad") if adversarial else None
     lp, h, h_ref = two_models(run, batch, probe)
     out.losses = OPO_LOSSES[args.loss](lp, args)
+    if out.losses.shape != lp.logp_chosen.shape:  # a mean, say, would be divided by B again
+        raise InputError(f"--loss {args.loss}: shape {[*out.losses.shape]}, not one value per pair")
     out.watched = [out.losses.detach()]
     sum_pairs(sums, lp, out.losses, batch, args)
     if adversarial:
-        out.way = h_ref - h.detach()  # kept by a hook: in `out` the memory's estimate sees it
+        # in `out`, though a hook alone reads it: estimate.py counts what `out` and autograd keep
+        out.way = h_ref - h.detach()
         h.register_hook(add_squares(sums, "adv_grad"))
         h.register_hook(add_alignment(sums, out.way))
     if run.ref:
@@ -192,10 +195,10 @@ def forward_pairs(run, batch: Packed, sums: dict) -> SimpleNamespace:
     if run.critics:
         if args.disc_padding:
             out.mask = torch.ones_like(batch.mask)
-        if args.critic == "paper":
+        if GAMES[args.critic].scores:
             out.scores = quad_scores(run, h_ref, out.h.detach(), out.mask)
             out.watched.append(out.scores.detach())
-        out.h_ref = h_ref if args.critic == "paired" or args.mean == "batch" else None
+        out.h_ref = h_ref if not GAMES[args.critic].scores or args.mean == "batch" else None
     return out
 
 
@@ -211,7 +214,6 @@ def train_step(run, batches: Iterable[Packed], step: int) -> dict[str, float]:
     args, adversarial = run.args, run.args.lambda_adv > 0
     factor = schedule(step, run.max_steps, args.warmup)
     set_lr(run.optimizer, args.lr * factor)
-    share = run.world / args.batch_size  # FSDP2 averages over ranks; the loss is a mean over pairs
     sums, kept = defaultdict(float), []  # over this rank's pairs; what waits for the discriminators
     watched = []  # to name the pairs if something is not finite
     if run.critics:
@@ -221,14 +223,12 @@ def train_step(run, batches: Iterable[Packed], step: int) -> dict[str, float]:
     # lines 5-12: the batch, features of policy and reference, their scores
     for batch in batches:
         out = forward_pairs(run, batch, sums)
-        out.loss = out.losses.sum() * share
+        out.loss = out.losses.sum() / args.batch_size  # this rank's part of a mean over pairs
         watched.append((batch.rows, out.watched))
         if run.critics:
             kept.append(out)
-        elif adversarial:
-            (out.loss + args.lambda_adv * share * out.mse.sum()).backward()
         else:
-            out.loss.backward()
+            backward(run, out.loss, out.mse.sum() / args.batch_size if adversarial else 0)
 
     metrics = {}
     if run.critics:
@@ -238,7 +238,7 @@ def train_step(run, batches: Iterable[Packed], step: int) -> dict[str, float]:
         # lines 20-24: the policy, through the updated and now frozen discriminators [choice 6]
         run.critics.requires_grad_(False).eval()
         for loss, term in game.terms(run, kept, sums, metrics):
-            (loss + args.lambda_adv * run.world * term).backward()
+            backward(run, loss, term)
     norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), args.grad_clip)
     metrics["grad_norm"] = norm.full_tensor()
     metrics = reduce_metrics(sums, metrics, args)
@@ -249,6 +249,12 @@ def train_step(run, batches: Iterable[Packed], step: int) -> dict[str, float]:
     if run.critics:
         metrics["disc_lr"] = args.disc_lr * factor
     return metrics
+
+
+def backward(run, loss: Tensor, term: Tensor | int):
+    """Line 23, of this rank's parts of L_OPO and L_adv. FSDP2 averages gradients over ranks where
+    these parts add up: hence times their number."""
+    (run.world * (loss + run.args.lambda_adv * term)).backward()
 
 
 def set_lr(optimizer, lr):
@@ -269,7 +275,7 @@ def check_start(run, batch: Packed):
     known = {"dpo": LN2, "ipo": 1 / (4 * args.beta**2)}.get(args.loss)
     if known:
         off["loss"] = (OPO_LOSSES[args.loss](lp, args) / known - 1).abs().max()
-    if run.critics and args.critic == "paper":
+    if run.critics and GAMES[args.critic].scores:
         run.critics.eval()
         scores = quad_scores(run, h_ref[batch.gather], h[batch.gather], batch.mask)
         for name, (s_ref, s_theta, _) in zip(run.critics, scores, strict=True):
@@ -352,6 +358,16 @@ def final_table(run, out_dir: Path):
     print0(report.final_lines(rows))
 
 
+def plan(args, config, data, device) -> estimate.Survey:
+    """How an epoch's steps will be cut into forwards. InputError if their memory cannot fit."""
+    epoch = (pairs_of(data, step, args) for step in range(len(data.triplets) // args.batch_size))
+    cut, shards = estimate.survey(epoch, args, dist.get_world_size()), distributed.sharing_ranks()
+    needs = estimate.needed_memory(forward_pairs, args, config, cut, device, shards)
+    print0(estimate.gigabytes(needs))
+    estimate.refuse_what_cannot_fit(needs, device)
+    return cut
+
+
 def begin(run, out_dir, data) -> int:
     """Takes up the newest state, or checks the start -> the number of steps that are done."""
     args, start = run.args, 0
@@ -375,25 +391,19 @@ def train(args, argv, stack, device) -> bool:
     """The loop -> whether a signal has asked for an end."""
     miniature.build_if_used(args.seed, args.model, args.dataset)
     tokenizer, config, data, held_out = check_input(args, device)
-    epoch = (pairs_of(data, step, args) for step in range(len(data.triplets) // args.batch_size))
-    cut = estimate.survey(epoch, args, dist.get_world_size())
-    shards = distributed.sharing_ranks()
-    needs = estimate.needed_memory(forward_pairs, args, config, cut, device, shards)
-    print0(estimate.gigabytes(needs))
-    estimate.refuse_what_cannot_fit(needs, device)
+    cut = plan(args, config, data, device)
     out_dir = claim_out_dir(args, stack)
     args.out_dir = str(out_dir)
-    run = build(args, config, device)
-    run.signals = stack.enter_context(distributed.StopSignals())
-    run.players = run.policy, run.optimizer, run.critics, run.critic_optimizer
-    run.steps_per_epoch = len(data.triplets) // args.batch_size
-    run.max_steps = args.max_steps or run.steps_per_epoch * args.epochs
-    last = min(run.max_steps, args.stop_after or run.max_steps)
-    torch.manual_seed(args.seed + 1 + run.rank)  # the critics' dropout is the only noise to come
-    report.print_header(run, tokenizer, data, held_out, cut)
-    run_config = json.loads(json.dumps(report.config_of(run, data, held_out)))
+    max_steps = args.max_steps or len(data.triplets) // args.batch_size * args.epochs
+    run_config = report.config_of(args, device, data, held_out, max_steps)
     if args.resume:
         report.check_same(report.read_config(out_dir), run_config)
+    run = build(args, config, device)
+    run.max_steps, last = max_steps, min(max_steps, args.stop_after or max_steps)
+    run.signals = stack.enter_context(distributed.StopSignals())
+    run.players = run.policy, run.optimizer, run.critics, run.critic_optimizer
+    torch.manual_seed(args.seed + 1 + run.rank)  # the critics' dropout is the only noise to come
+    report.print_header(run, tokenizer, data, held_out, cut)
     start = begin(run, out_dir, data)
     check_space(out_dir, room_needed(run, out_dir))
     if not distributed.from_rank_0(lambda: open_run(out_dir, run_config, start, last), "--out_dir"):
@@ -402,6 +412,9 @@ def train(args, argv, stack, device) -> bool:
     metrics_csv = report.Table(out_dir / "metrics.csv", report.COLUMNS, start)
     eval_csv = report.Table(out_dir / "eval.csv", report.EVAL_COLUMNS, start)
 
+    def is_due(done):  # --stop_after is no end: an undisturbed run has no row there
+        return args.eval_every and (done % args.eval_every == 0 or done == max_steps)
+
     def held_out_row(done):
         if result := evaluate(run, held_out.triplets):
             eval_csv.write({"step": done} | result)
@@ -409,7 +422,7 @@ def train(args, argv, stack, device) -> bool:
                 f"held out: step {done}, " + ", ".join(f"{k} {v:.4g}" for k, v in result.items())
             )
 
-    if args.eval_every and start and start % args.eval_every == 0:
+    if start and is_due(start):
         if distributed.from_rank_0(lambda: start not in eval_csv.steps, "eval.csv"):
             held_out_row(start)  # a signal had ended it
     clock = time.perf_counter()
@@ -421,7 +434,7 @@ def train(args, argv, stack, device) -> bool:
         m |= {"tokens": int(m["tokens"]), "peak_gb": report.peak_gb(device)}
         metrics_csv.write(m)
         print0(report.log_line(m, run.max_steps, (now - clock) / (done - start) * (last - done)))
-        if args.eval_every and done % args.eval_every == 0:
+        if is_due(done):
             held_out_row(done)
         stopping = run.signals.anywhere(device)
         if stopping or done == last or args.save_every and done % args.save_every == 0:
