@@ -266,6 +266,18 @@ def test_scores_and_rates_are_those_of_each_answer_judged_by_itself(exam, tmp_pa
     assert "judge mini" in printed and printed.count("+-") == 7  # the legend's and 3 of each row
 
 
+def test_a_run_is_examined_in_its_own_world_unless_told_otherwise(tmp_path):
+    config = {"seed": 7, "data_fingerprint": ""}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = f"--model={tmp_path / 'hf'}"
+    seeds = [
+        eval_alpaca.parse_args([model, *more]).seed
+        for more in ([], ["--seed=3"], ["--prompts=mine.jsonl"])
+    ]
+    assert seeds == [7, 3, 0]
+    assert eval_alpaca.parse_args(["--model=some/model"]).seed == 0
+
+
 def test_the_sidecar_says_how_the_answers_were_made(exam, tmp_path):
     examine(exam, tmp_path)
     meta = json_of(tmp_path / "model-T0.7.meta.json")
