@@ -418,7 +418,7 @@ def test_bad_input_is_one_line_before_anything_is_written(exam, tiny_world, tmp_
         ([model, mini, "--temperatures", "nan"], "argument --temperatures: nan is not in [0, inf)"),
         ([model, f"{at}/plain.jsonl"], "--judge mini: these prompts are none of the miniature's"),
         ([model, f"{at}/twice.jsonl"], f"--prompts {tmp_path}/twice.jsonl: an instruction"),
-        ([model, f"{at}/none.jsonl"], f"--prompts {tmp_path}/none.jsonl: row 0 has no instruction"),
+        ([model, f"{at}/none.jsonl"], f"--prompts {tmp_path}/none.jsonl: row 0 has no text as"),
         ([model, f"{at}/x.jsonl"], f"{tmp_path}/x.jsonl: no such file"),
         ([model, "--prompts=alpaca_eval", f"--alpaca_data={tmp_path}"],
          f"--alpaca_data {tmp_path}: no alpaca_eval_gpt4_baseline.json"),
