@@ -17,6 +17,7 @@ import json
 import re
 import zlib
 from collections import Counter
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -133,15 +134,11 @@ def json_lines(rows) -> str:
 def read_with_datasets(source, split):
     import datasets  # two seconds to import, so only where it is needed
 
-    try:
+    with blaming(f"{source}: neither a file here nor a data set"):
         if Path(source, "dataset_dict.json").is_file() or Path(source, "state.json").is_file():
             found = datasets.load_from_disk(source)
         else:
             found = datasets.load_dataset(source)
-    except Exception as error:  # whatever the Hub, the network or a parser says, the user needs it
-        raise InputError(
-            f"{source}: neither a file here nor a data set: {first_line(error)}"
-        ) from None
     if isinstance(found, datasets.Dataset):
         found = {"train": found}
     if split not in found:
@@ -157,6 +154,16 @@ def is_local(name: str) -> bool:
 def check_model_name(name: str, flag: str = "--model"):
     if is_local(name) and not Path(name).is_dir():
         raise InputError(f"{flag} {name}: no such folder")
+
+
+@contextmanager
+def blaming(what: str):
+    """Whatever is raised within (transformers, datasets, torch and the Hub raise what they like) as
+    an InputError of one line that begins with `what`."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{what}: {first_line(error)}") from None
 
 
 def first_line(error: BaseException) -> str:

@@ -36,7 +36,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import distributed
 import miniature
 from checkpoint import load_discriminators, sha256, write_synced
-from data import ChatEncoder, InputError, check_model_name, first_line, json_lines, read_rows
+from data import (
+    ChatEncoder,
+    InputError,
+    blaming,
+    check_model_name,
+    first_line,
+    json_lines,
+    read_rows,
+)
 from distributed import print0, share_out
 from flags import DTYPES, Parser, at_least_0, count, fraction, natural, positive, refuse
 from generate import generate, quiet
@@ -66,12 +74,8 @@ def alpaca_file(args, name: str) -> Path:
             if path.is_file():
                 return path
         raise InputError(f"--alpaca_data {args.alpaca_data}: no {name}")
-    try:
+    with blaming(f"{ALPACA}: {name} cannot be fetched; pass --alpaca_data DIR"):
         return Path(hf_hub_download(ALPACA, name, repo_type="dataset"))
-    except Exception as error:  # whatever the Hub or the network says
-        raise InputError(
-            f"{ALPACA}: {name} cannot be fetched; pass --alpaca_data DIR: {first_line(error)}"
-        ) from None
 
 
 def check_outputs(source, rows, instructions=None, empty_ok=False):
@@ -142,10 +146,8 @@ class Writer:
         weights = ("*.safetensors", "*.bin")
         if Path(name).is_dir() and not any(f for w in weights for f in Path(name).glob(w)):
             raise InputError(f"{flag} {name}: a model folder without weights")
-        try:
+        with blaming(f"{flag} {name}"):
             self.config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        except Exception as error:  # transformers raises what it likes
-            raise InputError(f"{flag} {name}: {first_line(error)}") from None
         self.name, self.args, self.device, self._lm = name, args, device, None
         self.encoder = ChatEncoder(read_tokenizer(name, args.chat_template, flag))
 
@@ -340,19 +342,13 @@ class Critics:
     """Both discriminators' scores of an answer, on the latents of the model that wrote it."""
 
     def __init__(self, path: str, writer: Writer):
-        try:
+        with blaming(f"--score_discriminators {path}"):
             self.critics = load_discriminators(path, writer.device)
-        except Exception as error:  # torch.load raises what it likes
-            raise InputError(f"--score_discriminators {path}: {first_line(error)}") from None
-        if getattr(self.critics["disc_pos"], "differences", False):
-            raise InputError(
-                f"--score_discriminators {path}: critics of h - h_ref cannot score a text alone"
-            )
-        size, own = self.critics["disc_pos"].project_in.in_features, writer.config.hidden_size
-        if size != own:
-            raise InputError(
-                f"--score_discriminators {path}: for latents of size {size}, the model's are {own}"
-            )
+            if getattr(self.critics["disc_pos"], "differences", False):
+                raise InputError("critics of h - h_ref cannot score a text alone")
+            size, own = self.critics["disc_pos"].project_in.in_features, writer.config.hidden_size
+            if size != own:
+                raise InputError(f"for latents of size {size}, the model's are {own}")
         self.writer = writer
 
     @torch.inference_mode()

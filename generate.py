@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging as transformers_logging
 
-from data import ChatEncoder, InputError, check_model_name, first_line
+from data import ChatEncoder, InputError, first_line
 from flags import Parser, at_least_0, count, natural
 from policy import read_tokenizer
 
@@ -183,7 +183,6 @@ def main():
         args = parser.parse_args()
         chats = [[{"role": "user", "content": prompt}] for prompt in args.prompts]
         settings = {k: getattr(args, k) for k in ("temperature", "max_new_tokens", "seed")}
-        check_model_name(args.model)
         encoder = ChatEncoder(read_tokenizer(args.model, args.chat_template))
         settings_of_lm = dict(dtype="auto", trust_remote_code=False)
         lm = AutoModelForCausalLM.from_pretrained(args.model, **settings_of_lm).to(device)

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import attention
-from data import InputError, check_model_name, first_line
+from data import blaming, check_model_name
 
 # Small chunks keep logits in a CPU's cache and out of a GPU's memory; fewer tokens, or less work
 # where the vocabulary is small, would cost more than they save.
@@ -117,25 +117,20 @@ def read_model_config(name: str, max_length: int, flag: str = "--model"):
     """A folder's or Hub id's config. InputError, flag first, if there is none, or if check_config
     refuses it."""
     check_model_name(name, flag)
-    try:
+    with blaming(f"{flag} {name}"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         check_config(config, max_length)
-    except Exception as error:  # transformers raises what it likes
-        raise InputError(f"{flag} {name}: {first_line(error)}") from None
     return config
 
 
 def read_tokenizer(name: str, chat_template: str | None = None, flag: str = "--model"):
     """A folder's or Hub id's tokenizer, with the chat template of a file if that is named."""
-    try:
+    check_model_name(name, flag)
+    with blaming(f"{flag} {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise what they like
-        raise InputError(f"{flag} {name}: {first_line(error)}") from None
     if chat_template:
-        try:
+        with blaming("--chat_template"):
             tokenizer.chat_template = Path(chat_template).read_text()
-        except (OSError, UnicodeError) as error:
-            raise InputError(f"--chat_template: {error}") from None
     return tokenizer
 
 

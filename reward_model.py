@@ -22,7 +22,6 @@ import torch.distributed as dist
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     get_cosine_schedule_with_warmup,
 )
 
@@ -42,8 +41,7 @@ from data import (
     InputError,
     Triplet,
     batch_indices,
-    check_model_name,
-    first_line,
+    blaming,
     load_held_out,
     load_pairs,
     pack,
@@ -79,18 +77,14 @@ class RewardModel:
     """Scores answers with a folder or Hub id. InputError if it is no reward model."""
 
     def __init__(self, name: str, device: torch.device, dtype=torch.float32):
-        check_model_name(name, "--reward_model")
-        own_code = dict(trust_remote_code=False)
-        try:
-            config = AutoConfig.from_pretrained(name, **own_code)
-            self.encoder = ChatEncoder(AutoTokenizer.from_pretrained(name, **own_code))
+        self.encoder = ChatEncoder(read_tokenizer(name, flag="--reward_model"))
+        with blaming(f"--reward_model {name}"):
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
             if not any("SequenceClassification" in a for a in config.architectures or ()):
                 raise InputError("no reward model (no AutoModelForSequenceClassification)")
             model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype)
-        except Exception as error:  # transformers and tokenizers raise what they like
-            raise InputError(f"--reward_model {name}: {first_line(error)}") from None
-        if model.num_labels != 1:
-            raise InputError(f"--reward_model {name}: {model.num_labels} labels, not one")
+            if model.num_labels != 1:
+                raise InputError(f"{model.num_labels} labels, not one")
         self.model = model.to(device).eval()
 
     @torch.inference_mode()

@@ -293,7 +293,8 @@ def test_more_than_one_percent_of_malformed_rows_stops_the_load_with_counts(tmp_
     assert len(load(tmp_path, [*good(99), row("q", "a", "a")]).triplets) == 99
     rows = [*good(150), row("q", "a", "a"), row("q", "", "a")]
     message = error_of(write(tmp_path / "bad.jsonl", rows))
-    for part in ("2 of 152 rows", "1%", "identical pair 1", "empty answer 1", "accepted"):
+    first = "the first of each, from 0: identical pair 150, empty answer 151"
+    for part in ("2 of 152 rows", "1%", "identical pair 1", "empty answer 1", first, "accepted"):
         assert part in message
 
 
