@@ -325,7 +325,8 @@ def play_all(args, argv, device, stack):
         f"{len(game.prompts)} prompts x {args.samples} samples, {len(game.human)} human pairs,"
         f" {len(game.held_out)} held out; what happens is told in {out}/*/round*/log\n{HEADER}"
     )
-    table = [{"variant": "start", "round": 0} | game.examine(args.model, out / "start")]
+    begun = told_to(out / "start.log", partial(game.examine, args.model, out / "start"))
+    table = [{"variant": "start", "round": 0} | begun]
     print0(line(table[0]))
     for variant in args.variants:
         policy, frozen = Path(args.model), None
