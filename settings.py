@@ -69,7 +69,7 @@ def flags():
     add("--disc_every", type=count, default=1, help="steps per discriminator update [1, Alg. 1]")
     add = parser.add_argument_group("the paired critic, beyond the paper").add_argument
     add("--critic", choices=GAMES, help="the game it plays with the policy [paper, Eq 18-20]")
-    add("--critic_input", choices=["h", "diff"], default="diff", help="h, or h - h_ref [diff, ours]")
+    add("--critic_input", choices=["h", "diff"], default="diff", help="h or h - h_ref [diff, ours]")
     add("--disc_steps", type=count, help="updates per step of the policy [1, for h 5, ours]")
     add("--r1", type=at_least_0, default=10.0, help="weight of its slopes' penalty [10, ours]")
     add = parser.add_argument_group("optimisation").add_argument
