@@ -41,7 +41,7 @@ import estimate
 import game
 import report
 import train_ganpo
-from data import InputError, Triplet, pack
+from data import InputError, Triplet, json_lines, pack
 from estimate import tokens_in
 from flags import DTYPES
 from generate import quiet
@@ -81,16 +81,14 @@ ASSUMED_SHARE, GPUS_PER_NODE = 0.36, 8  # of the peak, for --estimate
 def make_workload(folder, shape, pairs):
     config, lengths = SHAPES[shape]
     config.save_pretrained(folder)
-    rng, lines = random.Random(0), []
+    rng = random.Random(0)
 
     def ids(median, low, high):
         length = round(median * math.exp(rng.gauss(0, 0.7)))
         return [rng.randrange(10, config.vocab_size) for _ in range(min(high, max(low, length)))]
 
-    for _ in range(pairs):
-        row = {name: ids(*x) for name, x in zip(NAMES, lengths, strict=True)}
-        lines.append(json.dumps(row) + "\n")
-    (folder / "pairs.jsonl").write_text("".join(lines))
+    rows = [{k: ids(*x) for k, x in zip(NAMES, lengths, strict=True)} for _ in range(pairs)]
+    (folder / "pairs.jsonl").write_text(json_lines(rows))
 
 
 def read_workload(folder, pairs) -> list[Triplet]:

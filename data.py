@@ -65,6 +65,10 @@ class PreferenceData(NamedTuple):
     n_rows: int
     fingerprint: str  # of every token id in order
 
+    def steps(self, batch_size: int) -> int:
+        """Of an epoch: whole batches only."""
+        return len(self.triplets) // batch_size
+
     def summary(self) -> str:
         kept = f"{len(self.triplets):,} of {self.n_rows:,} rows"
         return f"{kept}; dropped: {counts(self.dropped)}; kept but noted: {counts(self.notes)}"

@@ -16,7 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.autograd.graph import saved_tensors_hooks
 
 import attention
@@ -81,10 +85,10 @@ def needed_memory(forward_pairs, args, config, cut, device, shards) -> dict[str,
         forward = partial(forward_pairs, run, sums=defaultdict(float))
         try:
             return memory(run, forward, cut, shards)
-        except DataDependentOutputException as error:
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise InputError(
-                f"a loss or critic asks for a tensor's value ({error.func}), by .item() or an `if`:"
-                " it must work on tensors that have shapes only, as this estimate does"
+                f"a loss or critic asks for a tensor's value, by .item(), an `if` or x[mask]"
+                f" ({error.func}): it must work on tensors without data, as this estimate has"
             ) from None
 
 

@@ -544,9 +544,8 @@ def parse_args(argv):
     if len(set(args.temperatures)) < len(args.temperatures):
         raise InputError("--temperatures: one is there twice")
     mini = args.prompts == "mini"
-    if args.seed is None:  # another world's prompts may be those that the run was trained on
-        run = read_config(Path(args.model).parent) if mini else None
-        args.seed = run["seed"] if run else 0
+    if args.seed is None:
+        args.seed = world_of(args.model) if mini else 0
     args.max_new_tokens = args.max_new_tokens or (miniature.MAX_NEW_TOKENS if mini else 2048)
     args.dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     if not args.out:
@@ -554,6 +553,14 @@ def parse_args(argv):
         folder = folder.parent if folder.is_dir() else Path("out") / folder.name
         args.out = str(folder / f"eval-{Path(args.prompts).stem}-{args.judge}")
     return args
+
+
+def world_of(model: str) -> int:
+    """The seed of the world that a run's hf/ was trained in: another world's prompts may be those
+    it was trained on. 0 for any other model."""
+    run = read_config(Path(model).parent) or {"seed": 0}
+    used = {Path(run[k]).parent for k in ("model", "ref_model", "dataset") if k in run}
+    return run["seed"] if miniature.world(run["seed"]) in used else 0
 
 
 def find_defaults(args):

@@ -5,11 +5,12 @@ A game is a pair of functions and an entry in GAMES:
     update(run, kept, sums, step) -> metrics        moves run.critics, on detached latents
     terms(run, kept, sums, metrics) -> (loss, term) per micro-batch, for the policy's backward
 
-kept    what forward_pairs has left of each micro-batch of this rank: latents h (with graph) and
-        h_ref, their mask, or scores; and loss. terms empties it, so that a graph is freed as soon
-        as it has gone backward
+kept    what forward_pairs has left of each micro-batch of this rank: latents h (2b, L, H), with
+        graph, and their mask; scores of detached latents where the game needs_scores; h_ref where
+        it does not, or with --mean batch; and loss. terms empties it, so that a graph is freed as
+        soon as it has gone backward
 loss    this rank's part of the mean preference loss, ready made
-term    this rank's part of L_adv: what sums over micro-batches and ranks to its gradient
+term    a scalar whose gradients, summed over micro-batches and ranks, are L_adv's
 sums    for the log: sums over this rank's pairs, which become means over all pairs
 metrics for the log: values that are already those of the global batch
 
@@ -48,7 +49,7 @@ Terms = Iterator[tuple[Tensor, Tensor]]
 class Game:
     update: Callable
     terms: Callable
-    scores: bool  # whether update wants kept's scores (2, 3, b) of quad_scores, or both latents
+    needs_scores: bool  # of both latents, (2, 3, b), by quad_scores
     neutral: Callable  # args -> what critics that cannot tell policy from reference would print
 
 
@@ -234,6 +235,6 @@ def paired_neutral_values(args) -> str:
 
 
 GAMES = {  # --critic NAME
-    "paper": Game(update_critics, adversarial_terms, True, neutral_values),
-    "paired": Game(paired_update, paired_terms, False, paired_neutral_values),
+    "paper": Game(update_critics, adversarial_terms, needs_scores=True, neutral=neutral_values),
+    "paired": Game(paired_update, paired_terms, needs_scores=False, neutral=paired_neutral_values),
 }

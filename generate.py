@@ -184,8 +184,9 @@ def main():
         chats = [[{"role": "user", "content": prompt}] for prompt in args.prompts]
         settings = {k: getattr(args, k) for k in ("temperature", "max_new_tokens", "seed")}
         encoder = ChatEncoder(read_tokenizer(args.model, args.chat_template))
-        settings_of_lm = dict(dtype="auto", trust_remote_code=False)
-        lm = AutoModelForCausalLM.from_pretrained(args.model, **settings_of_lm).to(device)
+        lm = AutoModelForCausalLM.from_pretrained(
+            args.model, dtype="auto", trust_remote_code=False
+        ).to(device)
         answers = generate(lm, encoder, chats, **settings)
     except (InputError, OSError, ValueError) as error:
         sys.exit(f"generate.py: {first_line(error)}")

@@ -88,5 +88,6 @@ def reduce_metrics(sums: dict, metrics: dict, args) -> dict[str, float]:
         m["adv_align"] /= m.pop("adv_tokens")
         if opo:
             m["adv_to_opo_grad"] = math.sqrt(adv / opo)
-        m.setdefault("loss_adv", m["latent_mse"])  # --disc mse
+        if args.disc == "mse":
+            m["loss_adv"] = m["latent_mse"]
     return m

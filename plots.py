@@ -192,7 +192,7 @@ def length(runs, args):
         parts = [win[bucket == b] for b in range(len(edges) - 1)]
         x = np.arange(len(parts)) + 0.08 * (i - (len(shown) - 1) / 2)
         y = [p.mean() if len(p) else np.nan for p in parts]
-        e = [standard_error(p) if len(p) else np.nan for p in parts]
+        e = [standard_error(p) if len(p) > 1 else np.nan for p in parts]
         ax.errorbar(x, y, e, label=run.name, capsize=2, markersize=4, **run.style)
     low = [edges[0], *(edges[1:-1] + 1)]
     ax.set_xticks(

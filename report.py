@@ -9,6 +9,8 @@ import csv
 import json
 import os
 import platform
+import re
+import resource
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -102,7 +104,7 @@ def print_header(run, tokenizer, data, held_out, cut):
     """What this run is: settings, how steps are cut, data, sizes, neutral values, and the first
     pair as the model sees it."""
     args = run.args
-    preset = parse_args([f"--preset={args.preset}", f"--critic={args.critic}"])
+    preset = parse_args([f"--preset={args.preset}"])
     own = [f"{k}={v}" for k, v in vars(args).items() if v != getattr(preset, k) and k != "out_dir"]
     print0(f"preset {' '.join([args.preset, *own])}; all settings: {args.out_dir}/config.json")
     forwards = f"{cut.fewest}" if cut.fewest == cut.most else f"{cut.fewest} to {cut.most}"
@@ -112,7 +114,7 @@ def print_header(run, tokenizer, data, held_out, cut):
     print0(
         f"{args.batch_size} pairs/step = {ranks} x {forwards} forward(s) of up to"
         f" {args.micro_batch_size} pairs, {args.micro_tokens:,} tokens; {len(data.triplets)} pairs"
-        f" = {len(data.triplets) // args.batch_size} steps/epoch,"
+        f" = {data.steps(args.batch_size)} steps/epoch,"
         f" {len(data.triplets) % args.batch_size} left over;"
         f" {run.max_steps} steps"
     )
@@ -161,7 +163,7 @@ def config_of(args, device, data, held_out, max_steps: int) -> dict:
         "pairs": len(data.triplets),
         "dropped": data.dropped,
         "notes": data.notes,
-        "steps_per_epoch": len(data.triplets) // args.batch_size,
+        "steps_per_epoch": data.steps(args.batch_size),
         "total_steps": max_steps,
     }
     return json.loads(json.dumps(config))
@@ -180,10 +182,9 @@ def check_same(old: dict, new: dict):
     """InputError naming every setting by which a resumed run would not continue the old one."""
     changed = [k for k in sorted({*old, *new} - {*FREE}) if old.get(k) != new.get(k)]
     if changed:
-        was = "; ".join(f"{k} was {old.get(k)}, is now {new.get(k)}" for k in changed)
-        if "total_steps" in changed:  # which set the learning rate of every step
-            was += " (of --epochs, --max_steps: to train on, begin a new run from its hf/)"
-        raise InputError(f"--resume: {was}")
+        why = {"total_steps": " (on which the learning rate of every step depends)"}
+        was = [f"{k} was {old.get(k)}, is now {new.get(k)}{why.get(k, '')}" for k in changed]
+        raise InputError(f"--resume: {'; '.join(was)}")
 
 
 def compare(temperature, reference, policy) -> list[dict]:
@@ -223,5 +224,6 @@ def peak_gb(device) -> float:
     """This rank's peak in GiB: allocated on a GPU, resident on a CPU (Linux counts it)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    # some sandboxes lack that line; it is preferred as bench.py can set it back
+    return (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**20

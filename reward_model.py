@@ -77,8 +77,9 @@ class RewardModel:
     """Scores answers with a folder or Hub id. InputError if it is no reward model."""
 
     def __init__(self, name: str, device: torch.device, dtype=torch.float32):
-        self.encoder = ChatEncoder(read_tokenizer(name, flag="--reward_model"))
+        tokenizer = read_tokenizer(name, flag="--reward_model")
         with blaming(f"--reward_model {name}"):
+            self.encoder = ChatEncoder(tokenizer)
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
             if not any("SequenceClassification" in a for a in config.architectures or ()):
                 raise InputError("no reward model (no AutoModelForSequenceClassification)")
@@ -268,7 +269,7 @@ def train(args, device, stack):
         raise InputError(f"{args.dataset}: fewer pairs than --batch_size: {data.summary()}")
     print0(f"data: {data.summary()}")
     held_out = load_held_out(args, tokenizer, length, print0).triplets if args.eval_split else None
-    steps = args.epochs * (len(data.triplets) // args.batch_size)
+    steps = args.epochs * data.steps(args.batch_size)
     claim_with_config(args, stack, data.fingerprint, total_steps=steps)
     learn(args, config, tokenizer, data.triplets, held_out, device)
     print0(f"wrote {args.out_dir}/hf")

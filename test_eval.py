@@ -267,14 +267,16 @@ def test_scores_and_rates_are_those_of_each_answer_judged_by_itself(exam, tmp_pa
 
 
 def test_a_run_is_examined_in_its_own_world_unless_told_otherwise(tmp_path):
-    config = {"seed": 7, "data_fingerprint": ""}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    model = f"--model={tmp_path / 'hf'}"
-    seeds = [
-        eval_alpaca.parse_args([model, *more]).seed
-        for more in ([], ["--seed=3"], ["--prompts=mine.jsonl"])
-    ]
-    assert seeds == [7, 3, 0]
+    def seed(*more, **config):
+        config = {"seed": 7, "data_fingerprint": ""} | config
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return eval_alpaca.parse_args([f"--model={tmp_path / 'hf'}", *more]).seed
+
+    own = {"model": "out/mini/seed7/model", "dataset": "pairs.jsonl"}
+    assert seed(**own) == seed(dataset="out/mini/seed7/train.jsonl") == 7
+    assert seed("--seed=3", **own) == 3
+    assert seed("--prompts=mine.jsonl", **own) == 0
+    assert seed(model="out/mini/seed0/model", dataset="pairs.jsonl") == 0
     assert eval_alpaca.parse_args(["--model=some/model"]).seed == 0
 
 
@@ -660,6 +662,10 @@ def test_what_is_no_reward_model_is_refused(exam, tmp_path):
     tiny().save_pretrained(tmp_path)
     with pytest.raises(InputError, match="3 labels, not one"):
         RewardModel(str(tmp_path), torch.device("cpu"))
+    shutil.copytree(tmp_path, tmp_path / "bare")
+    (tmp_path / "bare" / "chat_template.jinja").unlink()
+    with pytest.raises(InputError, match=f"--reward_model {tmp_path}/bare: .* no chat template"):
+        RewardModel(str(tmp_path / "bare"), torch.device("cpu"))
 
 
 def test_the_rm_judge_compares_rewards(exam, reward_folder, tmp_path):

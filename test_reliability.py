@@ -185,12 +185,13 @@ CHANGED = [
 
 @pytest.mark.parametrize("name, old, change", CHANGED, ids=lambda x: str(x))
 def test_settings_that_change_the_result_are_refused_by_name(
-    name, old, change, stopped, tiny_world
+    name, old, change, stopped, tiny_world, monkeypatch
 ):
     change = [word.replace("DIR", str(stopped.parent)) for word in change]
     change = [word.replace("LLAMA", str(tiny_world / "llama")) for word in change]
     argv = flags(tiny_world, stopped, "--resume", "--epochs=2", *change)
     before = {f: f.stat().st_mtime_ns for f in stopped.rglob("*") if f.name != ".lock"}
+    monkeypatch.setattr(train_ganpo, "build", None)  # before a weight is read
     with pytest.raises(SystemExit, match=rf"--resume: {name} was {old}[^;]*, is now [^;]*$"):
         train_ganpo.main(argv)
     assert before == {f: f.stat().st_mtime_ns for f in stopped.rglob("*") if f.name != ".lock"}
@@ -456,6 +457,20 @@ def test_a_signal_ends_an_evaluation_which_is_made_up_for(ranks, tiny_world, tmp
     assert rows_of(out / "eval.csv") == []
     run(tiny_world, out, *more, "--resume", ranks=ranks)
     assert rows_of(out / "eval.csv") == rows_of(tmp_path / "s" / "eval.csv") != []
+
+
+def test_a_signal_lets_the_last_evaluation_end(tiny_world, tmp_path):
+    """There is no later step at which to make up for it."""
+    held_out = make_rows(tmp_path / "many.jsonl", 600, seed=3)
+    more = ("--max_steps=2", "--eval_every=9", f"--eval_split={held_out}")
+    run(tiny_world, tmp_path / "s", *more)
+    out = tmp_path / "r"
+    (child,) = spawn(flags(tiny_world, out, *more), 1)
+    wait_for(lambda: has_rows(out, 2))
+    os.kill(child.pid, signal.SIGTERM)
+    assert join([child]) == [0] and (out / "hf").is_dir()
+    assert rows_of(out / "eval.csv") == rows_of(tmp_path / "s" / "eval.csv")
+    assert [row["step"] for row in rows_of(out / "eval.csv")] == [2]
 
 
 def sleepy_saves(rank):

@@ -12,9 +12,10 @@ what it scores high, by an offline aligner. The paper bounds the divergence of b
 model by the human pairs, of the LLM by the aligner. No new human label is needed as the LLM's
 answers change.
 
-What follows `--` goes to train_ganpo.py, which takes the LLM's steps. Writes to --out_dir, for each
-variant and round: log, answers/, reward/, pairs.jsonl, policy/ (a run of train_ganpo.py), eval/ and
-round.json; and rounds.csv. With --resume what is finished is not done again.
+What follows `--` goes to train_ganpo.py, which takes the LLM's steps. Writes to --out_dir start/
+and start.log, where the LLM begins; for each variant and round log, answers/, reward/, pairs.jsonl,
+policy/ (a run of train_ganpo.py), eval/ and round.json; and rounds.csv. With --resume what is
+finished is not done again.
 """
 
 import hashlib
@@ -323,7 +324,8 @@ def play_all(args, argv, device, stack):
     out = claim_with_config(args, stack, game.fingerprint)
     print0(
         f"{len(game.prompts)} prompts x {args.samples} samples, {len(game.human)} human pairs,"
-        f" {len(game.held_out)} held out; what happens is told in {out}/*/round*/log\n{HEADER}"
+        f" {len(game.held_out)} held out; what happens is told in {out}/start.log and"
+        f" {out}/*/round*/log\n{HEADER}"
     )
     begun = told_to(out / "start.log", partial(game.examine, args.model, out / "start"))
     table = [{"variant": "start", "round": 0} | begun]

@@ -195,10 +195,10 @@ def forward_pairs(run, batch: Packed, sums: dict) -> SimpleNamespace:
     if run.critics:
         if args.disc_padding:
             out.mask = torch.ones_like(batch.mask)
-        if GAMES[args.critic].scores:
+        if GAMES[args.critic].needs_scores:
             out.scores = quad_scores(run, h_ref, out.h.detach(), out.mask)
             out.watched.append(out.scores.detach())
-        out.h_ref = h_ref if not GAMES[args.critic].scores or args.mean == "batch" else None
+        out.h_ref = h_ref if not GAMES[args.critic].needs_scores or args.mean == "batch" else None
     return out
 
 
@@ -275,7 +275,7 @@ def check_start(run, batch: Packed):
     known = {"dpo": LN2, "ipo": 1 / (4 * args.beta**2)}.get(args.loss)
     if known:
         off["loss"] = (OPO_LOSSES[args.loss](lp, args) / known - 1).abs().max()
-    if run.critics and GAMES[args.critic].scores:
+    if run.critics and GAMES[args.critic].needs_scores:
         run.critics.eval()
         scores = quad_scores(run, h_ref[batch.gather], h[batch.gather], batch.mask)
         for name, (s_ref, s_theta, _) in zip(run.critics, scores, strict=True):
@@ -317,12 +317,12 @@ def micro_batches(run, data, step: int) -> Iterator[Packed]:
 
 
 @torch.no_grad()
-def evaluate(run, triplets: list[Triplet]) -> dict | None:
+def evaluate(run, triplets: list[Triplet], to_the_end: bool) -> dict | None:
     """Held-out pairs under --loss -> loss, accuracy, margin, exact means over pairs and ranks; None
-    if a signal ends it."""
+    if a signal ends it, which otherwise has to wait."""
     totals = torch.zeros(4, dtype=torch.float64, device=run.device)
     for mine in my_forwards(run, triplets):
-        if run.signals.anywhere(run.device):
+        if not to_the_end and run.signals.anywhere(run.device):
             return None
         # a rank without pairs in the last forward repeats one, with weight 0
         lp, *_ = two_models(run, pack(mine or triplets[:1]).to(run.device))
@@ -360,7 +360,7 @@ def final_table(run, out_dir: Path):
 
 def plan(args, config, data, device) -> estimate.Survey:
     """How an epoch's steps will be cut into forwards. InputError if their memory cannot fit."""
-    epoch = (pairs_of(data, step, args) for step in range(len(data.triplets) // args.batch_size))
+    epoch = (pairs_of(data, step, args) for step in range(data.steps(args.batch_size)))
     cut, shards = estimate.survey(epoch, args, dist.get_world_size()), distributed.sharing_ranks()
     needs = estimate.needed_memory(forward_pairs, args, config, cut, device, shards)
     print0(estimate.gigabytes(needs))
@@ -394,7 +394,7 @@ def train(args, argv, stack, device) -> bool:
     cut = plan(args, config, data, device)
     out_dir = claim_out_dir(args, stack)
     args.out_dir = str(out_dir)
-    max_steps = args.max_steps or len(data.triplets) // args.batch_size * args.epochs
+    max_steps = args.max_steps or data.steps(args.batch_size) * args.epochs
     run_config = report.config_of(args, device, data, held_out, max_steps)
     if args.resume:
         report.check_same(report.read_config(out_dir), run_config)
@@ -416,7 +416,7 @@ def train(args, argv, stack, device) -> bool:
         return args.eval_every and (done % args.eval_every == 0 or done == max_steps)
 
     def held_out_row(done):
-        if result := evaluate(run, held_out.triplets):
+        if result := evaluate(run, held_out.triplets, done == max_steps):
             eval_csv.write({"step": done} | result)
             print0(
                 f"held out: step {done}, " + ", ".join(f"{k} {v:.4g}" for k, v in result.items())
