@@ -17,15 +17,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
 
-from data import InputError, move
+from data import InputError, Packed, move
 
 NAME = "shared_prompt"  # under which transformers finds the attention below
 BLOCK = 128  # tokens per side of a block of flex_attention's masks
 
 
-def choose(wanted: str, config, device: torch.device, dtype: torch.dtype) -> str:
+def choose(wanted: str, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> str:
     """--attention -> loop, varlen or flex. dtype is that of compute. InputError
     where the wanted one would be wrong or cannot run."""
     kernels = device.type == "cuda" and dtype == torch.bfloat16
@@ -42,7 +42,7 @@ def choose(wanted: str, config, device: torch.device, dtype: torch.dtype) -> str
     return wanted
 
 
-def layout(kind: str, batch):
+def layout(kind: str, batch: Packed):
     """How the attention of every layer reads this data.Packed; made once per forward."""
     return LAYOUTS[kind](batch)
 
@@ -77,7 +77,7 @@ class Loop:
     def __init__(self, batch):
         self.segments = batch.segments
 
-    def attend(self, query, key, value, scaling, window, softcap) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling, window, softcap) -> Tensor:
         out, settings = [], (scaling, window, softcap)
         for start, n_prompt, n_chosen, n_rejected in self.segments:
             prompt, first = start + n_prompt, start + n_prompt + n_chosen
@@ -89,7 +89,7 @@ class Loop:
         return torch.cat(out, dim=2).transpose(1, 2)
 
 
-def causal_attention(q, k, v, scaling, window, softcap):
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scaling, window, softcap) -> Tensor:
     """q (1, heads, n, D) are the last n positions of the sequence that k and v (1, kv_heads, m, D)
     cover."""
     n, m = q.shape[2], k.shape[2]
@@ -135,7 +135,7 @@ class Varlen:
         self.ends = [tensor_on(np.cumsum([0, *n], dtype=np.int32), device) for n in (queries, keys)]
         self.longest = max(queries), max(keys)
 
-    def attend(self, query, key, value, scaling, window, softcap) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling, window, softcap) -> Tensor:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
         k, v = k.index_select(0, self.index), v.index_select(0, self.index)
         gqa = {}
@@ -158,7 +158,7 @@ class Flex:
     def __init__(self, batch):
         self.segments, self.device, self.masks = batch.segments, batch.ids.device, {}
 
-    def attend(self, query, key, value, scaling, window, softcap) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling, window, softcap) -> Tensor:
         if window not in self.masks:
             self.masks[window] = block_mask(self.segments, window, self.device)
         out = flex_kernel(query.is_cuda)(
@@ -181,7 +181,7 @@ def soft_capped(cap: float):
     return lambda score, batch, head, q, k: cap * torch.tanh(score / cap)
 
 
-def visible_ranges(segments, window) -> np.ndarray:
+def visible_ranges(segments: tuple, window: int | None) -> np.ndarray:
     """(3, T): for each query prompt_from, prompt_to and own_from; the first two are equal where the
     query's own range begins with its prompt."""
     ranges = []
@@ -199,7 +199,7 @@ def visible_ranges(segments, window) -> np.ndarray:
     return np.concatenate(ranges, axis=1)
 
 
-def block_mask(segments, window, device):
+def block_mask(segments: tuple, window: int | None, device: torch.device):
     """-> a BlockMask: which blocks of keys a block of queries reads wholly, in part (then by the
     ranges), or not at all."""
     from torch.nn.attention.flex_attention import BlockMask  # slow to import, as above

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedTokenizerBase
 
 from data import InputError
 from discriminator import build_discriminator
@@ -38,7 +40,7 @@ FILE_BYTES = 2**32  # of a state's files, over all ranks: a writer holds one fil
 # ---------------------------------------------------------------------- the folder
 
 
-def claim_out_dir(args, stack) -> Path:
+def claim_out_dir(args, stack: ExitStack) -> Path:
     """--out_dir, or the next free out/run-NNN: rank 0 decides, and keeps it for itself until the
     end. A folder that holds a run needs --resume."""
 
@@ -63,7 +65,7 @@ def claim_out_dir(args, stack) -> Path:
     return from_rank_0(decide, "--out_dir")
 
 
-def claim_with_config(args, stack, fingerprint, **more) -> Path:
+def claim_with_config(args, stack: ExitStack, fingerprint: str, **more) -> Path:
     """claim_out_dir, and in it config.json: args, the data's fingerprint and more, written, or with
     --resume compared."""
     folder = claim_out_dir(args, stack)
@@ -88,7 +90,7 @@ def open_run(out_dir: Path, config: dict, start: int, last: int) -> bool:
     return True
 
 
-def room_needed(run, out_dir) -> int:
+def room_needed(run, out_dir: Path) -> int:
     """Bytes for the states to come, one of them beside the --keep others, and the export."""
     there = len(list(Path(out_dir, "state").glob("step-*")))
     export = sum(p.numel() * p.element_size() for p in run.policy.parameters())
@@ -120,11 +122,11 @@ def state_tensors(policy, optimizer, critics, critic_optimizer) -> dict[str, tor
     return tensors
 
 
-def state_folder(out_dir, step) -> Path:
+def state_folder(out_dir: Path, step: int) -> Path:
     return Path(out_dir, "state", f"step-{step:06d}")
 
 
-def file_numbers(tensors, ranks) -> dict[str, int]:
+def file_numbers(tensors: dict, ranks: int) -> dict[str, int]:
     """Name -> the number of its file, from 1; the generators of all ranks are in the first."""
     numbers, number, size = {}, 1, 0
     for name, tensor in tensors.items():
@@ -141,7 +143,7 @@ def state_bytes(policy, optimizer, critics, critic_optimizer) -> int:
     return 3 * sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
 
 
-def check_space(out_dir, needed: int):
+def check_space(out_dir: Path, needed: int):
     """InputError on every rank if the disk of out_dir has less than that many bytes."""
 
     def check():
@@ -152,7 +154,7 @@ def check_space(out_dir, needed: int):
     from_rank_0(check, f"{out_dir}: disk space:")
 
 
-def save_state(out_dir, step, keep: int, *players):
+def save_state(out_dir: Path, step: int, keep: int, *players):
     """Writes state/step-NNNNNN, `step` being the number of finished steps, and then drops all but
     the `keep` newest. InputError if it cannot be written; the older states are then as they
     were."""
@@ -174,7 +176,7 @@ def save_state(out_dir, step, keep: int, *players):
         raise InputError(f"{reason}; older states are intact") from None
 
 
-def cause_of(error) -> str:
+def cause_of(error: Exception) -> str:
     """The first rank's error, in one line."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
@@ -186,7 +188,7 @@ def clean(states: Path):
     shutil.rmtree(states / "unfinished", ignore_errors=True)
 
 
-def finish(unfinished, folder, manifest, keep):
+def finish(unfinished: Path, folder: Path, manifest: dict, keep: int):
     write_synced(
         unfinished / MANIFEST, json.dumps(manifest | {"digest": digest(manifest)}, indent=1)
     )
@@ -211,7 +213,7 @@ def write_synced(path: Path, text: str):
     unfinished.rename(path)
 
 
-def sync_folder(path):
+def sync_folder(path: Path):
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -219,7 +221,7 @@ def sync_folder(path):
         os.close(fd)
 
 
-def hash_files(folder) -> dict[str, list]:
+def hash_files(folder: Path) -> dict[str, list]:
     """Name -> size and SHA-256 of every file but the manifest, the work shared among the ranks."""
     rank, world = dist.get_rank(), dist.get_world_size()
     files = sorted(f for f in Path(folder).iterdir() if f.name != MANIFEST)
@@ -229,7 +231,7 @@ def hash_files(folder) -> dict[str, list]:
     return {name: entry for share in shares for name, entry in share.items()}
 
 
-def sha256(path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -238,7 +240,7 @@ def digest(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def read_manifest(folder) -> dict | None:
+def read_manifest(folder: Path) -> dict | None:
     """None where there is no whole one: the state does not count."""
     try:
         manifest = json.loads((Path(folder) / MANIFEST).read_text())
@@ -247,7 +249,7 @@ def read_manifest(folder) -> dict | None:
         return None
 
 
-def newest_state(out_dir) -> dict | None:
+def newest_state(out_dir: Path) -> dict | None:
     """The manifest of the newest state whose files are all as it says; damaged ones are named and
     passed over."""
 
@@ -268,7 +270,7 @@ def newest_state(out_dir) -> dict | None:
     return None
 
 
-def load_state(out_dir, manifest: dict, *players):
+def load_state(out_dir: Path, manifest: dict, *players):
     """Puts everything back as save_state found it. Any number of ranks may have written it; a rank
     that was not there has no generator state to take up."""
     policy, optimizer, critics, critic_optimizer = players
@@ -289,7 +291,7 @@ def load_state(out_dir, manifest: dict, *players):
 # ---------------------------------------------------------------------- exports
 
 
-def export_policy(policy, tokenizer, folder: Path):
+def export_policy(policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path):
     """The policy as a Hugging Face folder in its own precision: the same logits when loaded
     again. The folder appears whole."""
     weights, unfinished = {}, folder.with_name(".hf.unfinished")
@@ -312,7 +314,7 @@ def export_policy(policy, tokenizer, folder: Path):
     dist.barrier()
 
 
-def save_discriminators(path, critics, settings: dict):
+def save_discriminators(path: Path, critics: torch.nn.ModuleDict, settings: dict):
     """settings: build_discriminator's arguments. Replicated on all ranks, so rank 0 writes."""
     if dist.get_rank() == 0:
         weights = {name: critic.state_dict() for name, critic in critics.items()}
@@ -321,7 +323,9 @@ def save_discriminators(path, critics, settings: dict):
         unfinished.rename(path)
 
 
-def load_discriminators(path, device="cpu") -> dict[str, torch.nn.Module]:
+def load_discriminators(
+    path: Path, device: torch.device | str = "cpu"
+) -> dict[str, torch.nn.Module]:
     """-> {"disc_pos": critic, "disc_neg": critic} in eval mode, as save_discriminators wrote
     them."""
     saved = torch.load(path, map_location=device, weights_only=True)

@@ -17,6 +17,7 @@ import json
 import re
 import zlib
 from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,7 @@ import jinja2
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 ACCEPTED = (
     "accepted are columns chosen and rejected as two chats (lists of {role, content}) that share"
@@ -101,7 +103,7 @@ def read_rows(source: str, split: str):
     return parse_parquet(source, raw) if kind[1] == "parquet" else parse_json(source, raw)
 
 
-def parse_parquet(source, raw):
+def parse_parquet(source: str, raw: bytes):
     import pyarrow  # comes with datasets; a second to import, so only where it is needed
     import pyarrow.parquet
 
@@ -111,7 +113,7 @@ def parse_parquet(source, raw):
         raise InputError(f"{source}: not a whole parquet file: {error}") from None
 
 
-def parse_json(source, raw):
+def parse_json(source: str, raw: bytes):
     """One JSON list of rows, or one row a line."""
     try:
         text = raw.decode("utf-8")
@@ -130,12 +132,12 @@ def parse_json(source, raw):
     return rows
 
 
-def json_lines(rows) -> str:
+def json_lines(rows: Iterable[dict]) -> str:
     """What parse_json reads."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def read_with_datasets(source, split):
+def read_with_datasets(source: str, split: str):
     import datasets  # two seconds to import, so only where it is needed
 
     with blaming(f"{source}: neither a file here nor a data set"):
@@ -175,7 +177,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def check_columns(source, rows):
+def check_columns(source: str, rows: list):
     """The data set as a whole is no preference data: say what was found and what is accepted."""
     if not len(rows):
         raise InputError(f"{source}: no rows")
@@ -223,7 +225,7 @@ def to_messages(row) -> tuple[list[dict], str, str]:
     return checked([bare(m) for m in prompt], chosen[0]["content"], rejected[0]["content"])
 
 
-def bare(message):
+def bare(message: dict):
     return {"role": message["role"], "content": message["content"]}
 
 
@@ -237,7 +239,7 @@ def check_chat(chat):
             raise RowFault("not text")
 
 
-def hh_turns(text):
+def hh_turns(text: str):
     parts = HH_TURN.split(text)
     if len(parts) < 3 or parts[0].strip():
         raise RowFault("not text")
@@ -283,7 +285,7 @@ class ChatEncoder:
             raise InputError(f"the chat template cannot be used: {first_line(error)}") from None
         self.folds_system = not self.takes_system_turn()
 
-    def template(self, messages, generation_prompt=False) -> list[int]:
+    def template(self, messages: list[dict], generation_prompt: bool = False) -> list[int]:
         return self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=generation_prompt, tokenize=True, return_dict=False
         )
@@ -310,18 +312,18 @@ class ChatEncoder:
         if self.end_of_turn is None:
             raise InputError("the chat template ends no turn and the tokenizer has no EOS token")
 
-    def prompt_ids(self, messages) -> list[int]:
+    def prompt_ids(self, messages: list[dict]) -> list[int]:
         """The prompt with the assistant header, exactly one BOS in front if the tokenizer has
         one."""
         return self.with_bos(self.template(self.fold(messages), generation_prompt=True))
 
-    def answer_ids(self, messages, answer) -> list[int]:
+    def answer_ids(self, messages: list[dict], answer: str) -> list[int]:
         """The whole conversation; its last token is the end of turn."""
         ids = self.template([*self.fold(messages), {"role": "assistant", "content": answer}])
         ids = ids + [self.end_of_turn] if self.append_eos else ids[: len(ids) - len(self.tail)]
         return self.with_bos(ids)
 
-    def whole(self, messages, answer) -> list[int]:
+    def whole(self, messages: list[dict], answer: str) -> list[int]:
         """The whole conversation as the template writes it, what follows the end of turn too."""
         return self.answer_ids(messages, answer) + self.tail
 
@@ -332,14 +334,22 @@ class ChatEncoder:
     def with_bos(self, ids):
         return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
 
-    def fold(self, messages):
+    def fold(self, messages: list[dict]):
         """Gemma's template refuses a system turn: it then opens the first user turn."""
         if not self.folds_system or messages[0]["role"] != "system":
             return messages
         system, user, *rest = messages
         return [{**user, "content": system["content"] + "\n\n" + user["content"]}, *rest]
 
-    def triplet(self, messages, chosen, rejected, max_length, row, notes) -> Triplet:
+    def triplet(
+        self,
+        messages: list[dict],
+        chosen: str,
+        rejected: str,
+        max_length: int,
+        row: int,
+        notes: Counter,
+    ) -> Triplet:
         """RowFault, or TooLong where no token of an answer is left; notes counts what was seen."""
         for text in (*(m["content"] for m in messages), chosen, rejected):
             if self.special_text.search(text):  # one-pass templating cannot escape it
@@ -371,13 +381,17 @@ class ChatEncoder:
         )
 
 
-def common_prefix(a, b) -> int:
+def common_prefix(a: list[int], b: list[int]) -> int:
     n = min(len(a), len(b))
     return n if a[:n] == b[:n] else next(i for i in range(n) if a[i] != b[i])
 
 
 def load_pairs(
-    source: str, split: str, tokenizer, max_length: int, log=lambda line: None
+    source: str,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    log: Callable = lambda line: None,
 ) -> PreferenceData:
     """Everything above. InputError if the source cannot be used or more than 1 % of its rows are
     malformed."""
@@ -413,7 +427,9 @@ def load_pairs(
     return PreferenceData(triplets, too_long + faults, +notes, len(rows), digest.hexdigest()[:16])
 
 
-def load_held_out(args, tokenizer, max_length, log) -> PreferenceData:
+def load_held_out(
+    args, tokenizer: PreTrainedTokenizerBase, max_length: int, log: Callable
+) -> PreferenceData:
     """--eval_split: a file of its own, or a split of --dataset. InputError if no pair is left."""
     own_file = Path(args.eval_split).is_file()
     source = (args.eval_split, "train") if own_file else (args.dataset, args.eval_split)
@@ -485,7 +501,7 @@ class Packed(NamedTuple):
     rows: tuple  # of the pairs, in the source
     real_tokens: int  # 2 * prompt + chosen + rejected, summed: what every tokens/s counts
 
-    def to(self, device):
+    def to(self, device: torch.device):
         return Packed(*(move(x, device) if torch.is_tensor(x) else x for x in self))
 
 

@@ -130,10 +130,10 @@ class EncoderLayer(nn.Module):
         self.qkv, self.out = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
         self.ffn_in, self.ffn_out = nn.Linear(hidden, 4 * hidden), nn.Linear(4 * hidden, hidden)
 
-    def drop(self, x):
+    def drop(self, x: Tensor):
         return F.dropout(x, self.dropout, self.training)
 
-    def forward(self, x, mask):
+    def forward(self, x: Tensor, mask: Tensor):
         qkv = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, D) each
         dropout = self.dropout if self.training else 0.0

@@ -8,6 +8,7 @@ import gc
 import math
 import os
 import signal
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -78,7 +79,7 @@ class StopSignals:
         for s in self.before:
             signal.signal(s, signal.SIG_DFL)
 
-    def anywhere(self, device) -> bool:
+    def anywhere(self, device: torch.device) -> bool:
         """Whether any rank has received one. Collective, so that all ranks decide alike."""
         flag = torch.tensor(float(self.received), device=device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
@@ -90,7 +91,7 @@ def stop():
     dist.destroy_process_group()
 
 
-def from_rank_0(function, blame: str):
+def from_rank_0(function: Callable, blame: str):
     """What function() returns on rank 0, on every rank. Its InputError or OSError is raised as an
     InputError on every rank, `blame` first."""
     result, refusal = None, None
@@ -107,7 +108,7 @@ def from_rank_0(function, blame: str):
     return both[0]
 
 
-def share_out(items: list, function) -> list:
+def share_out(items: list, function: Callable) -> list:
     """function(part of items) -> a list as long. Each rank does its part -> all of it, in the order
     of items, on every rank."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -148,7 +149,7 @@ def make_mesh(device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def shard(lm, mesh: DeviceMesh, dtype: torch.dtype):
+def shard(lm: torch.nn.Module, mesh: DeviceMesh, dtype: torch.dtype):
     """FSDP2: a group per layer, the rest in the root's, embedding and head (which may be tied)
     among it. bfloat16 is the precision of compute; weights stay as they are, sums are fp32."""
     mixed = MixedPrecisionPolicy()
@@ -160,7 +161,9 @@ def shard(lm, mesh: DeviceMesh, dtype: torch.dtype):
 
 
 @torch.no_grad()
-def load_sharded(load, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype, blame: str):
+def load_sharded(
+    load: Callable, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype, blame: str
+):
     """load() -> a policy.PackedLM, and load(shell="meta") the same without its weights. Rank 0
     alone reads them and hands every rank its part, one parameter at a time, so that no other rank
     ever holds the whole model, and none holds it twice. InputError, blame first, on all ranks."""
@@ -197,7 +200,7 @@ def all_ranks(local: Tensor) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def sum_gradients(parameters) -> Tensor:
+def sum_gradients(parameters: Iterable) -> Tensor:
     """Replaces replicated parameters' gradients by their sum over ranks, in one all-reduce -> the
     norm."""
     parameters = [p for p in parameters if p.grad is not None]  # the same ones on every rank
@@ -209,7 +212,7 @@ def sum_gradients(parameters) -> Tensor:
     return flat.norm()
 
 
-def assert_equal_on_ranks(module):
+def assert_equal_on_ranks(module: torch.nn.Module):
     """For replicated modules: every rank must have built the same one."""
     sums = torch.stack([p.detach().double().sum() for p in module.parameters()])
     everywhere = [torch.empty_like(sums) for _ in range(dist.get_world_size())]

@@ -8,6 +8,7 @@ from the real forward on tensors without data.
 
 import os
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import PretrainedConfig
 
 import attention
 from data import InputError, Triplet, pack, plan_forwards, row_length
@@ -43,7 +45,7 @@ def tokens_in(pairs: list[Triplet]) -> int:
     return sum(map(row_length, pairs))
 
 
-def survey(steps, args, ranks) -> Survey:
+def survey(steps: Iterable[list[Triplet]], args, ranks: int) -> Survey:
     """steps: each one's pairs. How the loop will cut them."""
     counts, imbalance, longest, heaviest, most = [], [], [], [], 0
     for pairs in steps:
@@ -61,7 +63,7 @@ def survey(steps, args, ranks) -> Survey:
 
 
 @contextmanager
-def players_without_weights(args, config):
+def players_without_weights(args, config: PretrainedConfig):
     """The `run` that forward_pairs takes, of tensors that have shapes only."""
     dtype, run = DTYPES[args.dtype], SimpleNamespace(args=args, ref=None)
     run.critics = build_critics(args, config)  # real, being small
@@ -73,7 +75,14 @@ def players_without_weights(args, config):
         yield run
 
 
-def needed_memory(forward_pairs, args, config, cut, device, shards) -> dict[str, float]:
+def needed_memory(
+    forward_pairs: Callable,
+    args,
+    config: PretrainedConfig,
+    cut: Survey,
+    device: torch.device,
+    shards: int,
+) -> dict[str, float]:
     """Bytes by part on one rank at the peak of a step, of models that have no weights yet;
     forward_pairs(run, batch, sums) is the loop's."""
     dtype = DTYPES[args.dtype]
@@ -92,7 +101,7 @@ def needed_memory(forward_pairs, args, config, cut, device, shards) -> dict[str,
             ) from None
 
 
-def memory(run, forward, cut: Survey, shards: int) -> dict[str, float]:
+def memory(run, forward: Callable, cut: Survey, shards: int) -> dict[str, float]:
     """Bytes on one rank at the peak of a step, by part. run holds the players as fake tensors in
     the dtype of compute, forward(batch) is that of a micro-batch."""
     forwards = cut.heaviest if run.critics else [cut.longest]  # whose graphs are alive at once
@@ -121,7 +130,7 @@ def memory(run, forward, cut: Survey, shards: int) -> dict[str, float]:
     }
 
 
-def kept_bytes(forward, run) -> int:
+def kept_bytes(forward: Callable, run) -> int:
     """Of what forward() returns and autograd keeps for its backward, each storage once, the
     players' own weights left out."""
     kept = {}

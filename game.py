@@ -25,6 +25,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
 
 import distributed
 from discriminator import Discriminator, build_discriminator
@@ -53,7 +54,7 @@ class Game:
     neutral: Callable  # args -> what critics that cannot tell policy from reference would print
 
 
-def critic_settings(args, config) -> dict:
+def critic_settings(args, config: PretrainedConfig) -> dict:
     """build_discriminator's arguments, also saved beside the weights."""
     names = ("disc_hidden", "disc_layers", "disc_dropout")
     sizes = {name.removeprefix("disc_"): getattr(args, name) for name in names}
@@ -64,7 +65,7 @@ def critic_settings(args, config) -> dict:
     return own | sizes | common
 
 
-def build_critics(args, config) -> torch.nn.ModuleDict | None:
+def build_critics(args, config: PretrainedConfig) -> torch.nn.ModuleDict | None:
     """Both discriminators, or None where the settings need none."""
     if args.lambda_adv == 0 or args.disc == "mse":
         return None

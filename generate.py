@@ -14,6 +14,7 @@ Two models, or two temperatures, meet the same randomness, which makes their com
 import hashlib
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from typing import NamedTuple
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from data import ChatEncoder, InputError, first_line
@@ -46,7 +47,9 @@ def uniforms(seed: int, prompt: list[int], sample: int, n: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=key)).random(n)
 
 
-def pick(logits: Tensor, temperature: float, u: Tensor, top_k=0, top_p=1.0) -> Tensor:
+def pick(
+    logits: Tensor, temperature: float, u: Tensor, top_k: int = 0, top_p: float = 1.0
+) -> Tensor:
     """logits (B, V), u (B,) in [0, 1) -> tokens (B,): the first whose cumulated probability exceeds
     u; at temperature 0 the most probable. top_k > 0 leaves the k most probable tokens, top_p < 1
     then the fewest that reach it together."""
@@ -68,7 +71,7 @@ def pick(logits: Tensor, temperature: float, u: Tensor, top_k=0, top_p=1.0) -> T
 
 @torch.inference_mode()
 def generate(
-    lm,
+    lm: PreTrainedModel,
     encoder: ChatEncoder,
     conversations: list[list[dict]],
     *,
@@ -124,7 +127,9 @@ def generate(
     return answers
 
 
-def write_batch(lm, prompts, stop, of_token, u) -> list[list[int]]:
+def write_batch(
+    lm: PreTrainedModel, prompts: list[list[int]], stop: set[int], of_token: Callable, u: Tensor
+) -> list[list[int]]:
     """Token ids of one answer to each prompt, up to and with the first of `stop`, at most
     u.shape[1] of them. Prompts are padded on the left, so that all rows write at the right edge of
     one cache; rows that have ended leave it. (Refilling their places at once, continuous batching,

@@ -11,6 +11,7 @@ chosen (attention.py). No padding, fewer tokens, and the same function of the we
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 import attention
-from data import blaming, check_model_name
+from data import Packed, blaming, check_model_name
 
 # Small chunks keep logits in a CPU's cache and out of a GPU's memory; fewer tokens, or less work
 # where the vocabulary is small, would cost more than they save.
@@ -43,7 +44,9 @@ class PackedLM(nn.Module):
         super().__init__()
         self.model, self.attention_kind = model, attention_kind  # the latter as in attention.py
 
-    def forward(self, batch, head: bool = True, head_probe=None) -> LatentsAndLogProbs:
+    def forward(
+        self, batch: Packed, head: bool = True, head_probe: Callable | None = None
+    ) -> LatentsAndLogProbs:
         """head=False leaves the log-probabilities out: a reference that only lends its latents
         (SimPO). head_probe is called in backward with what the log-probabilities send to the
         latents, (T, H)."""
@@ -59,7 +62,7 @@ class PackedLM(nn.Module):
             h_head.register_hook(head_probe)
         return LatentsAndLogProbs(h, self.log_probs(h_head, batch))
 
-    def log_probs(self, h: Tensor, batch) -> Tensor:
+    def log_probs(self, h: Tensor, batch: Packed) -> Tensor:
         """(T, H) -> (2B,). Response positions only, in chunks whose logits are recomputed in
         backward: with a vocabulary of 256k they would otherwise be the peak of memory."""
         head = self.model.get_output_embeddings()
@@ -81,7 +84,9 @@ def rows_per_chunk(vocabulary: int) -> int:
     return max(TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // vocabulary)
 
 
-def token_log_probs(h, weight, bias, labels, softcap):
+def token_log_probs(
+    h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None
+):
     """(R, H), (V, H), (V,) or None, (R,)  ->  log p(label) (R,), the softmax in fp32 at least."""
     logits = at_least_fp32(F.linear(h, weight, bias))
     if softcap is not None:
@@ -101,7 +106,7 @@ def at_least_fp32(x: Tensor) -> Tensor:
 FAMILIES = ("gemma2", "llama", "mistral", "qwen2", "qwen3")
 
 
-def check_config(config, max_length: int):
+def check_config(config: PretrainedConfig, max_length: int):
     """Raises ValueError where this file's forward would not be the model's own, before any weight
     is read."""
     if config.model_type not in FAMILIES:

@@ -18,9 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
 
-from data import InputError
+from data import InputError, PreferenceData
 from distributed import print0
+from estimate import Survey
 from game import GAMES
 from settings import parse_args
 from winrate import standard_error
@@ -55,7 +57,7 @@ class Table:
             self.sync()
             unfinished.rename(path)  # the old rows are never in no file
 
-    def write(self, row):
+    def write(self, row: dict):
         if self.file:
             short = {k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()}
             self.writer.writerow(short)
@@ -68,7 +70,7 @@ class Table:
             os.fsync(self.file.fileno())
 
 
-def read_table(path) -> list[dict[str, float]]:
+def read_table(path: Path) -> list[dict[str, float]]:
     """metrics.csv, or another table of numbers, as rows without their empty places."""
     with Path(path).open() as file:
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
@@ -92,7 +94,7 @@ def log_line(m: dict, max_steps: int, seconds_left: float) -> str:
 
 
 def neutral_values(args) -> str:
-    """What critics that cannot tell policy from reference would print: the log line's ground."""
+    """What critics that cannot tell policy from reference would print."""
     if args.lambda_adv == 0:
         return "lambda_adv 0: plain " + args.loss
     if args.disc == "mse":
@@ -100,7 +102,13 @@ def neutral_values(args) -> str:
     return f"neutral values (critics that cannot tell apart): {GAMES[args.critic].neutral(args)}"
 
 
-def print_header(run, tokenizer, data, held_out, cut):
+def print_header(
+    run,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreferenceData,
+    held_out: PreferenceData | None,
+    cut: Survey,
+):
     """What this run is: settings, how steps are cut, data, sizes, neutral values, and the first
     pair as the model sees it."""
     args = run.args
@@ -150,7 +158,13 @@ FREE = (  # what may change when a run is resumed: its result stays the same
 ).split()
 
 
-def config_of(args, device, data, held_out, max_steps: int) -> dict:
+def config_of(
+    args,
+    device: torch.device,
+    data: PreferenceData,
+    held_out: PreferenceData | None,
+    max_steps: int,
+) -> dict:
     """All settings, versions, the data's fingerprint, and the numbers that follow from them, as
     they come back from config.json."""
     names = ("torch", "transformers", "datasets", "numpy")
@@ -169,7 +183,7 @@ def config_of(args, device, data, held_out, max_steps: int) -> dict:
     return json.loads(json.dumps(config))
 
 
-def read_config(out_dir) -> dict | None:
+def read_config(out_dir: Path) -> dict | None:
     """What a run wrote to its config.json; None if the folder holds none."""
     try:
         config = json.loads((Path(out_dir) / "config.json").read_text())
@@ -187,7 +201,7 @@ def check_same(old: dict, new: dict):
         raise InputError(f"--resume: {'; '.join(was)}")
 
 
-def compare(temperature, reference, policy) -> list[dict]:
+def compare(temperature: float, reference: list, policy: list) -> list[dict]:
     """Verdicts of two models on the same prompts -> final.csv's rows: both models and policy minus
     reference, with standard errors, the difference's of the paired values. Strict accuracy in
     percent."""
@@ -204,7 +218,7 @@ def compare(temperature, reference, policy) -> list[dict]:
     return rows
 
 
-def final_lines(rows) -> str:
+def final_lines(rows: list[dict]) -> str:
     lines = [
         f"{rows[0]['n']} held-out prompts, exact judge; +- standard error of paired differences",
         "                strict accuracy, %                        gold score",
@@ -220,7 +234,7 @@ def final_lines(rows) -> str:
     return "\n".join(lines)
 
 
-def peak_gb(device) -> float:
+def peak_gb(device: torch.device) -> float:
     """This rank's peak in GiB: allocated on a GPU, resident on a CPU (Linux counts it)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30

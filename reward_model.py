@@ -12,6 +12,7 @@ Shapes: B pairs, N sequences, T tokens, H hidden.
 """
 
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -19,9 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     get_cosine_schedule_with_warmup,
 )
 
@@ -39,6 +44,7 @@ from checkpoint import (
 from data import (
     ChatEncoder,
     InputError,
+    Packed,
     Triplet,
     batch_indices,
     blaming,
@@ -61,14 +67,14 @@ class RewardLM(PackedLM):
 
     auto, settings = AutoModelForSequenceClassification, {"num_labels": 1}
 
-    def forward(self, batch):
+    def forward(self, batch: Packed):
         """data.Packed -> rewards (2B,): B chosen, then B rejected, in fp32 at least."""
         h = super().forward(batch, head=False).h[0]
         last = batch.gather.gather(1, batch.mask.sum(1, keepdim=True) - 1)[:, 0]
         return head(self.model, h[last])
 
 
-def head(model, h):
+def head(model: PreTrainedModel, h: Tensor):
     """(N, H) -> (N,)"""
     return at_least_fp32(model.score(h)).sum(-1)  # of one; FSDP2 wants no view
 
@@ -107,7 +113,7 @@ class RewardModel:
         return rewards
 
 
-def hidden_states(model, texts: list[list[int]]):
+def hidden_states(model: PreTrainedModel, texts: list[list[int]]):
     """Token ids through a Hugging Face model's trunk, padded on the right -> after the final norm
     (N, T, H), and the mask (N, T) bool."""
     lengths = torch.tensor([len(ids) for ids in texts], device=model.device)
@@ -133,11 +139,18 @@ def with_tail(triplets: list[Triplet], encoder: ChatEncoder) -> list[Triplet]:
     return [t._replace(chosen=add(t.chosen), rejected=add(t.rejected)) for t in triplets]
 
 
-def plain_loss(chosen, rejected, rows):
+def plain_loss(chosen: Tensor, rejected: Tensor, rows: tuple):
     return bradley_terry_loss(chosen, rejected)
 
 
-def fit(lm, triplets: list[Triplet], args, device, out_dir: Path, pair_loss=plain_loss):
+def fit(
+    lm: torch.nn.Module,
+    triplets: list[Triplet],
+    args,
+    device: torch.device,
+    out_dir: Path,
+    pair_loss: Callable = plain_loss,
+):
     """--epochs of Adam on the mean of pair_loss(rewards of chosen, of rejected, rows of the data),
     (b,) each; logs, saves states, and takes up the newest one of out_dir."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -183,7 +196,7 @@ def fit(lm, triplets: list[Triplet], args, device, out_dir: Path, pair_loss=plai
 
 
 @torch.no_grad()
-def margins(lm, triplets: list[Triplet], args, device) -> torch.Tensor:
+def margins(lm: torch.nn.Module, triplets: list[Triplet], args, device: torch.device) -> Tensor:
     """reward(chosen) - reward(rejected) of every pair, in order, on all ranks, (B,) float64."""
     index = {t.row: i for i, t in enumerate(triplets)}
     found = torch.zeros(len(triplets), dtype=torch.float64, device=device)
@@ -233,7 +246,15 @@ def parse_args(argv):
     return args
 
 
-def learn(args, config, tokenizer, triplets, held_out, device, pair_loss=plain_loss):
+def learn(
+    args,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    triplets: list[Triplet],
+    held_out: list[Triplet] | None,
+    device: torch.device,
+    pair_loss: Callable = plain_loss,
+):
     """A reward model in --out_dir from --model, fitted to triplets -> its margins on held_out's, or
     None."""
     out_dir, dtype, encoder = Path(args.out_dir), DTYPES[args.dtype], ChatEncoder(tokenizer)
@@ -258,7 +279,7 @@ def learn(args, config, tokenizer, triplets, held_out, device, pair_loss=plain_l
     return found
 
 
-def train(args, device, stack):
+def train(args, device: torch.device, stack: ExitStack):
     miniature.build_if_used(args.seed, args.model, args.dataset)
     distributed.check_batch_size(args.batch_size)
     config = read_model_config(args.model, args.max_length)

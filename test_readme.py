@@ -61,6 +61,14 @@ def test_readmes_commands_are_understood():
     assert seen == set(programs)
 
 
+def test_readme_shows_the_method_and_both_commands_at_once():
+    lines = README.splitlines()
+    assert any("──►" in line for line in lines[:8])
+    shell = [line.split("#")[0].split("&&") for line in lines[:15] if line.startswith("pip ")]
+    commands = [command.strip() for line in shell for command in line[1:]]
+    assert commands == ["torchrun train_ganpo.py", 'pytest -m "not slow"']
+
+
 def test_readme_explains_every_column_of_metrics_csv():
     table = README.split("## Reading the log")[1].split("##")[0]
     names = re.findall(r"^\| ([a-z_, ]+) \|", table, re.M)[1:]  # without the table's head

@@ -16,7 +16,7 @@ import shlex
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 import attention
 import distributed
@@ -46,6 +46,7 @@ from checkpoint import (
 from data import (
     InputError,
     Packed,
+    PreferenceData,
     Triplet,
     batch_indices,
     load_held_out,
@@ -110,7 +111,7 @@ def check_input(args, device: torch.device):
     return tokenizer, config, data, held_out
 
 
-def build(args, config, device: torch.device) -> SimpleNamespace:
+def build(args, config: PretrainedConfig, device: torch.device) -> SimpleNamespace:
     """Models, critics and optimisers, only those that the settings need -> `run`, which the rest
     takes: args, device, rank, world; policy and ref (policy.PackedLM, sharded; ref may be None),
     critics (ModuleDict of disc_pos and disc_neg, or None), their optimizer and critic_optimizer,
@@ -157,7 +158,7 @@ def schedule(step: int, max_steps: int, warmup: float) -> float:
 # ---------------------------------------------------------------------- Algorithm 1
 
 
-def two_models(run, batch: Packed, head_probe=None):
+def two_models(run, batch: Packed, head_probe: Callable | None = None):
     """Lines 7-10: a micro-batch through policy and reference -> LogProbs and both latents, (T, H)
     each; the reference's are None where there is none."""
     h_ref, ref_logp = None, (None, None)
@@ -257,7 +258,7 @@ def backward(run, loss: Tensor, term: Tensor | int):
     (run.world * (loss + run.args.lambda_adv * term)).backward()
 
 
-def set_lr(optimizer, lr):
+def set_lr(optimizer: torch.optim.Optimizer, lr: float):
     for group in optimizer.param_groups:
         group["lr"] = lr
 
@@ -299,7 +300,7 @@ def check_start(run, batch: Packed):
 # ---------------------------------------------------------------------- the loop
 
 
-def pairs_of(data, step: int, args) -> list[Triplet]:
+def pairs_of(data: PreferenceData, step: int, args) -> list[Triplet]:
     order = batch_indices(step, len(data.triplets), args.batch_size, args.seed)
     return [data.triplets[i] for i in order]
 
@@ -311,7 +312,7 @@ def my_forwards(run, pairs: list[Triplet]) -> list[list[Triplet]]:
     return [part[run.rank] for part in parts]
 
 
-def micro_batches(run, data, step: int) -> Iterator[Packed]:
+def micro_batches(run, data: PreferenceData, step: int) -> Iterator[Packed]:
     for mine in my_forwards(run, pairs_of(data, step, run.args)):
         yield pack(mine).to(run.device)
 
@@ -358,7 +359,9 @@ def final_table(run, out_dir: Path):
     print0(report.final_lines(rows))
 
 
-def plan(args, config, data, device) -> estimate.Survey:
+def plan(
+    args, config: PretrainedConfig, data: PreferenceData, device: torch.device
+) -> estimate.Survey:
     """How an epoch's steps will be cut into forwards. InputError if their memory cannot fit."""
     epoch = (pairs_of(data, step, args) for step in range(data.steps(args.batch_size)))
     cut, shards = estimate.survey(epoch, args, dist.get_world_size()), distributed.sharing_ranks()
@@ -368,7 +371,7 @@ def plan(args, config, data, device) -> estimate.Survey:
     return cut
 
 
-def begin(run, out_dir, data) -> int:
+def begin(run, out_dir: Path, data: PreferenceData) -> int:
     """Takes up the newest state, or checks the start -> the number of steps that are done."""
     args, start = run.args, 0
     if args.resume:
@@ -387,7 +390,7 @@ def begin(run, out_dir, data) -> int:
     return start
 
 
-def train(args, argv, stack, device) -> bool:
+def train(args, argv: list[str], stack: ExitStack, device: torch.device) -> bool:
     """The loop -> whether a signal has asked for an end."""
     miniature.build_if_used(args.seed, args.model, args.dataset)
     tokenizer, config, data, held_out = check_input(args, device)
@@ -455,14 +458,14 @@ def train(args, argv, stack, device) -> bool:
     return run.signals.anywhere(device)
 
 
-def resume_command(argv, out_dir) -> str:
+def resume_command(argv: list[str], out_dir: Path) -> str:
     rest = [word for word in argv if word != "--resume"]
     if not any(word.startswith("--out_dir") for word in rest):
         rest += ["--out_dir", str(out_dir)]
     return shlex.join(["train_ganpo.py", *rest, "--resume"])
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None):
     quiet()
     argv = sys.argv[1:] if argv is None else argv
     try:

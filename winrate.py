@@ -5,6 +5,8 @@ length_baseline in characters, and what a judge has given, absent or None where 
 against the baseline (1, 0, or a half), score, strict, loose.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 RESULT_COLUMNS = (
@@ -35,7 +37,12 @@ def mean_and_error(rows: list[dict], key: str, scale: float = 1.0):
     return float(means.mean()), float(standard_error(means))
 
 
-def length_controlled(win, delta, difficulty=None, gamed=None) -> float:
+def length_controlled(
+    win: np.ndarray,
+    delta: np.ndarray,
+    difficulty: np.ndarray | None = None,
+    gamed: tuple | None = None,
+) -> float:
     """AlpacaEval 2's length-controlled win rate, in percent: a logistic model of the preference,
     without intercept, and its prediction at no difference in length.
 
@@ -55,7 +62,7 @@ def length_controlled(win, delta, difficulty=None, gamed=None) -> float:
     return float(100 * sigmoid(x[:n, 1:] @ b[1:]).mean())
 
 
-def logistic_regression(x, y, weight) -> np.ndarray:
+def logistic_regression(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """x (n, k), y (n,) in [0, 1] -> the b (k,) that minimises sum weight * cross-entropy + L1 |b|,
     by accelerated proximal steps."""
     step = 4 / np.linalg.eigvalsh((x * weight[:, None]).T @ x)[-1]
@@ -70,11 +77,11 @@ def logistic_regression(x, y, weight) -> np.ndarray:
     raise FloatingPointError("the length-controlled fit has not converged")
 
 
-def sigmoid(z):
+def sigmoid(z: np.ndarray):
     return 1 / (1 + np.exp(-z))
 
 
-def summary(rows: list[dict], control=length_controlled, **settings) -> dict:
+def summary(rows: list[dict], control: Callable = length_controlled, **settings) -> dict:
     """results.json's row: the answers of one model at one temperature."""
     result = dict.fromkeys(RESULT_COLUMNS) | settings | {"n": len({r["prompt"] for r in rows})}
     for name, key, scale in (
