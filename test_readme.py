@@ -116,11 +116,19 @@ def test_no_program_or_function_is_longer_than_readme_says():
 
 
 OTHERS = re.findall(r"```python\n(.*?)```", README, re.S)
+IMPORTS = (  # of a file of one's own
+    "import torch\nfrom losses import implicit_rewards, opo_loss\n",
+    "import torch\nimport torch.nn.functional as F\n"
+    "from discriminator import Discriminator, discriminator, normalised\n",
+    "import torch\nfrom distributed import all_ranks\nfrom losses import LN2, softplus\n"
+    "from game import GAMES, Game, own_scores, step_critics\n",
+    "",
+)
 
 
 def test_readmes_other_preference_loss_trains(tiny_world, tmp_path):
     try:
-        exec(OTHERS[0], vars(losses))
+        exec(IMPORTS[0] + OTHERS[0], {})
         rows, _ = run(tiny_world, tmp_path / "r", "--loss=hinge", "--epochs=4")
     finally:
         losses.OPO_LOSSES.pop("hinge")
@@ -129,7 +137,7 @@ def test_readmes_other_preference_loss_trains(tiny_world, tmp_path):
 
 def test_readmes_other_critic_plays(tiny_world, tmp_path):
     try:
-        exec(OTHERS[1], vars(discriminator))
+        exec(IMPORTS[1] + OTHERS[1], {})
         rows, _ = run(tiny_world, tmp_path / "r", "--disc=last", "--disc_lr=1e-2", "--epochs=4")
     finally:
         kind = discriminator.DISCRIMINATORS.pop("last")
@@ -141,7 +149,7 @@ def test_readmes_other_critic_plays(tiny_world, tmp_path):
 
 
 def add_gan(rank):
-    exec(OTHERS[2], vars(game))
+    exec(IMPORTS[2] + OTHERS[2], {})
 
 
 def test_readmes_other_game_is_played_the_same_on_two_ranks(tiny_world, tmp_path):
@@ -172,6 +180,6 @@ def test_readmes_other_data_set_is_read(tmp_path, monkeypatch):
     monkeypatch.undo()
     found = load_pairs(str(tmp_path / "pairs.jsonl"), "train", tiny(), 64).triplets
     texts = [tiny().decode(ids).replace(" ", "") for t in found for ids in (t.chosen, t.rejected)]
-    assert len(OTHERS) == 4 and len(texts) == 4
+    assert len(OTHERS) == len(IMPORTS) and len(texts) == 4
     for text, score in zip(texts, ("9.5", "2.0", "7.0", "1.0"), strict=True):
         assert score in text
