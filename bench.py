@@ -15,7 +15,6 @@ On a CPU set MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=64000000000 for both side
 that is compared: glibc would map and fault in every large block at each operation.
 """
 
-import argparse
 import json
 import math
 import os
@@ -43,7 +42,7 @@ import report
 import train_ganpo
 from data import InputError, Triplet, json_lines, pack
 from estimate import tokens_in
-from flags import DTYPES
+from flags import DTYPES, Parser, count
 from generate import quiet
 
 NAMES = "prompt_ids", "chosen_ids", "rejected_ids"
@@ -322,8 +321,8 @@ def versus(argv, other):
             print(f"    {key:<36}{a:10.2f}{b:10.2f}{a / b:10.2f}")
 
 
-def run_here(workload, args, flags, folder) -> dict:
-    pairs = args.batch_size * (args.steps + 1)
+def run_here(args, flags, folder: Path) -> dict:
+    pairs, workload = args.batch_size * (args.steps + 1), args.workload
     if not workload:
         make_workload(folder, args.shape, pairs)
         workload = folder
@@ -342,27 +341,34 @@ def run_here(workload, args, flags, folder) -> dict:
     return measure(args, train_args, steps, model_dir)
 
 
-def main(argv=None):
-    quiet()
-    argv = list(sys.argv[1:] if argv is None else argv)
+def parse_args(argv: list[str]):
+    """-> what is meant for this file, what for train_ganpo.py."""
     # the folder comes first: argparse would take an unknown flag's value for it
-    workload = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else None
+    workload = Path(argv[0]) if argv and not argv[0].startswith("-") else None
     usage = "bench.py [WORKLOAD] [--flag value ...]; other flags are train_ganpo.py's"
-    parser = argparse.ArgumentParser("bench.py", usage, __doc__.split("\n\n")[0])
-    parser.add_argument("--shape", choices=SHAPES, default="v32k", help="of its own workload")
-    parser.add_argument("--batch_size", type=int, default=8, help="pairs per step")
-    parser.add_argument("--steps", type=int, default=2, help="timed ones")
+    parser = Parser("bench.py", __doc__, usage)
+    parser.add_argument("--shape", choices=SHAPES, default="v32k", help="of its workload [v32k]")
+    parser.add_argument("--batch_size", type=count, default=8, help="pairs per step [8]")
+    parser.add_argument("--steps", type=count, default=2, help="timed ones [2]")
     parser.add_argument("--json", action="store_true", help="an object as the last line")
     parser.add_argument("--vs", metavar="COMMAND", help="another program, in alternation")
-    parser.add_argument("--estimate", type=int, metavar="RANKS", help="compute, run nothing")
-    args, flags = parser.parse_known_args(argv)
+    parser.add_argument("--estimate", type=count, metavar="RANKS", help="compute, run nothing")
+    args, flags = parser.parse_known_args(argv[1:] if workload else argv)
+    args.workload = workload
+    return args, flags
+
+
+def main(argv=None):
+    quiet()
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        args, flags = parse_args(argv)
         if args.vs:
             at = next(i for i, word in enumerate(argv) if word.split("=")[0] == "--vs")
             rest = argv[:at] + argv[at + 1 + (argv[at] == "--vs") :]
-            return versus([workload] * bool(workload) + rest, args.vs)
+            return versus(rest, args.vs)
         with tempfile.TemporaryDirectory() as folder:
-            done = run_here(workload, args, flags, Path(folder))
+            done = run_here(args, flags, Path(folder))
     except InputError as error:
         sys.exit(f"bench.py: {error}")
     if args.json and RANK == 0:

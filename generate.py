@@ -174,7 +174,7 @@ def quiet():
     hub_logging.set_verbosity_error()
 
 
-def main():
+def parse_args(argv: list[str]):
     parser = Parser("generate.py", __doc__)
     parser.add_argument("--model", required=True, help="a Hugging Face folder or Hub id")
     parser.add_argument("prompts", nargs="+")
@@ -182,10 +182,14 @@ def main():
     parser.add_argument("--temperature", type=at_least_0, default=0.7, help="[0.7]")
     parser.add_argument("--max_new_tokens", type=count, default=128, help="[128]")
     parser.add_argument("--seed", type=natural, default=0, help="[0]")
+    return parser.parse_args(argv)
+
+
+def main():
     quiet()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        args = parser.parse_args()
+        args = parse_args(sys.argv[1:])
         chats = [[{"role": "user", "content": prompt}] for prompt in args.prompts]
         settings = {k: getattr(args, k) for k in ("temperature", "max_new_tokens", "seed")}
         encoder = ChatEncoder(read_tokenizer(args.model, args.chat_template))

@@ -473,13 +473,17 @@ def show(folder):
             print(f"    {side:<9}{row[side]!r:<44} {scores}")
 
 
-def main():
+def parse_args(argv: list[str]):
     parser = Parser("miniature.py", __doc__)
     parser.add_argument("action", nargs="?", choices=["build", "show"], default="build")
     parser.add_argument("--seed", type=natural, default=0, help="another world [0]")
+    return parser.parse_args(argv)
+
+
+def main():
     quiet()
     try:
-        args = parser.parse_args()
+        args = parse_args(sys.argv[1:])
         folder = build(args.seed)
     except (InputError, OSError) as error:
         sys.exit(f"miniature.py: {error}")

@@ -309,13 +309,17 @@ def save(figure, path):
     plt.close(figure)
 
 
-def main(argv=None):
+def parse_args(argv: list[str]):
     parser = Parser("plots.py", __doc__, "plots.py RUN [RUN ...] [--out figures]")
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--out", default="figures", help="[figures]")
     parser.add_argument("--temperature", type=at_least_0, default=0.7, help="of Fig 5 [0.7]")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
     try:
-        args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+        args = parse_args(sys.argv[1:] if argv is None else argv)
         runs = read_runs(args.runs)
         Path(args.out).mkdir(parents=True, exist_ok=True)
         for name, draw in FIGURES.items():

@@ -180,19 +180,24 @@ def run_all(seeds, cells, apo):
                 )
 
 
-def main(argv=None):
-    quiet()
+def parse_args(argv: list[str]):
     parser = Parser("reproduce.py", __doc__)
     parser.add_argument("--seeds", type=count, help="how many worlds [5; with --quick 1]")
     parser.add_argument("--first_seed", type=natural, default=10, help="the others follow it [10]")
     parser.add_argument("--apo", action="store_true", help="play train_apo.py's game too")
     parser.add_argument("--quick", action="store_true", help="one seed, eight cells")
     parser.add_argument("--out", help="[RESULTS.md; with --quick out/reproduce/quick.md]")
+    args = parser.parse_args(argv)
+    args.out = args.out or (str(ROOT / "quick.md") if args.quick else "RESULTS.md")
+    args.seeds = args.seeds or (1 if args.quick else 5)
+    return args
+
+
+def main(argv=None):
+    quiet()
     try:
-        args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-        args.out = args.out or (str(ROOT / "quick.md") if args.quick else "RESULTS.md")
-        worlds = args.seeds or (1 if args.quick else 5)
-        seeds = range(args.first_seed, args.first_seed + worlds)
+        args = parse_args(sys.argv[1:] if argv is None else argv)
+        seeds = range(args.first_seed, args.first_seed + args.seeds)
         cells = QUICK.split() if args.quick else list(CELLS)
         run_all(seeds, cells, args.apo)
         apo = args.apo or all(finished(seed, "apo") for seed in seeds[:APO_WORLDS])
