@@ -42,7 +42,7 @@ import report
 import train_ganpo
 from data import InputError, Triplet, json_lines, pack
 from estimate import tokens_in
-from flags import DTYPES, Parser, count
+from flags import DTYPES, Parser, count, natural
 from generate import quiet
 
 NAMES = "prompt_ids", "chosen_ids", "rejected_ids"
@@ -349,12 +349,14 @@ def parse_args(argv: list[str]):
     parser = Parser("bench.py", __doc__, usage)
     parser.add_argument("--shape", choices=SHAPES, default="v32k", help="of its workload [v32k]")
     parser.add_argument("--batch_size", type=count, default=8, help="pairs per step [8]")
-    parser.add_argument("--steps", type=count, default=2, help="timed ones [2]")
+    parser.add_argument("--steps", type=natural, default=2, help="timed ones [2]")
     parser.add_argument("--json", action="store_true", help="an object as the last line")
     parser.add_argument("--vs", metavar="COMMAND", help="another program, in alternation")
     parser.add_argument("--estimate", type=count, metavar="RANKS", help="compute, run nothing")
     args, flags = parser.parse_known_args(argv[1:] if workload else argv)
     args.workload = workload
+    if not (args.steps or args.estimate):
+        raise InputError("--steps 0: nothing to time")
     return args, flags
 
 
