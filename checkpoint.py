@@ -1,12 +1,13 @@
 """What a run leaves behind: the states that --resume continues from, and the exports.
 
-    OUT_DIR/state/step-000040/   policy, optimisers, critics, RNG as sharded safetensors; manifest
+    OUT_DIR/state/step-000040/   policy, optimisers, critics and random generators as safetensors
     OUT_DIR/hf/                  the policy as a Hugging Face folder, with tokenizer and template
     OUT_DIR/discriminators.pt    both critics with their running means, and how to build them
 
-A state is written under another name, synced and then renamed, and it counts only with its
-manifest, which is written last and has the size and SHA-256 of every file. The state before it goes
-when it is whole. Nothing here is a pickle but discriminators.pt, which is read with weights_only.
+A state is written under another name, synced to the disk and then renamed. It counts only with its
+manifest, which is written last and holds the size and SHA-256 of every file. Older states are
+removed only when the new one is complete. No file is a pickle except discriminators.pt, which is
+read with weights_only.
 
 Every function that takes a sharded model is collective: all ranks call it.
 """
@@ -16,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -28,32 +30,47 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
+import paired  # noqa: F401  it registers its critic, so that build_discriminator knows it
 from data import InputError
 from discriminator import build_discriminator
-from distributed import from_rank_0, print0
+from distributed import Trained, from_rank_0, print0
 from report import check_same, read_config
 
 MANIFEST = "manifest.json"
-FILE_BYTES = 2**32  # of a state's files, over all ranks: a writer holds one file in memory
+FILE_BYTES = 2**32  # size of a state's files at which another begins; a file is held in memory
 
 
-# ---------------------------------------------------------------------- the folder
+# ---------------------------------------------------------------------- the folder of a run
+
+
+def check_out_dir(args) -> Path:
+    """Returns --out_dir, or the next free out/run-NNN, without creating it.
+
+    Raises InputError if the folder holds a run and --resume was not given, or the reverse, and
+    OSError if nothing can be written there.
+    """
+    folder = Path(args.out_dir or "out")
+    if not args.out_dir:
+        used = [int(f.name[4:]) for f in folder.glob("run-*") if f.name[4:].isdigit()]
+        folder = folder / f"run-{max(used, default=-1) + 1:03d}"
+    if args.resume and read_config(folder) is None:
+        raise InputError(f"{folder}: no run to resume")
+    taken = any((folder / f).exists() for f in ("config.json", "metrics.csv", "state"))
+    if taken and not args.resume:
+        raise InputError(f"{folder} holds a run: pass --resume, or another --out_dir")
+    nearest = next(f for f in (folder, *folder.absolute().parents) if f.exists())
+    with tempfile.TemporaryFile(dir=nearest):
+        return folder
 
 
 def claim_out_dir(args, stack: ExitStack) -> Path:
-    """--out_dir, or the next free out/run-NNN: rank 0 decides, and keeps it for itself until the
-    end. A folder that holds a run needs --resume."""
+    """Creates and returns check_out_dir's folder, on all ranks, and locks it until the stack ends.
 
-    def decide():
-        folder = Path(args.out_dir or "out")
-        if not args.out_dir:
-            used = [int(f.name[4:]) for f in folder.glob("run-*") if f.name[4:].isdigit()]
-            folder = folder / f"run-{max(used, default=-1) + 1:03d}"
-        if args.resume and read_config(folder) is None:
-            raise InputError(f"{folder}: no run to resume")
-        taken = any((folder / f).exists() for f in ("config.json", "metrics.csv", "state"))
-        if taken and not args.resume:
-            raise InputError(f"{folder} holds a run: pass --resume, or another --out_dir")
+    Raises InputError as check_out_dir does, and if another process has locked the folder.
+    """
+
+    def claim():
+        folder = check_out_dir(args)
         folder.mkdir(parents=True, exist_ok=True)
         lock = stack.enter_context((folder / ".lock").open("w"))
         try:
@@ -62,12 +79,14 @@ def claim_out_dir(args, stack: ExitStack) -> Path:
             raise InputError(f"{folder} is in use by another process") from None
         return folder
 
-    return from_rank_0(decide, "--out_dir")
+    return from_rank_0(claim, "--out_dir")
 
 
 def claim_with_config(args, stack: ExitStack, fingerprint: str, **more) -> Path:
-    """claim_out_dir, and in it config.json: args, the data's fingerprint and more, written, or with
-    --resume compared."""
+    """Claims --out_dir and returns it with its config.json: args, the data's fingerprint and more.
+
+    With --resume the settings are compared with those that stand there; InputError if they differ.
+    """
     folder = claim_out_dir(args, stack)
     config = json.loads(json.dumps(vars(args) | more | {"data_fingerprint": fingerprint}))
     if args.resume:
@@ -77,12 +96,15 @@ def claim_with_config(args, stack: ExitStack, fingerprint: str, **more) -> Path:
     return folder
 
 
-def open_run(out_dir: Path, config: dict, start: int, last: int) -> bool:
-    """Rank 0 makes the folder ready for the steps to come -> False if nothing is left to do."""
-    exports = [out_dir / "hf"] + [out_dir / "final.csv"] * (config["final_eval"] > 0)
+def open_run(out_dir: Path, config: dict, start: int, last: int, final_table: bool) -> bool:
+    """Prepares the folder for steps start to last; returns False if nothing is left to do.
+
+    Rank 0 calls it. final_table says whether the run ends with a final.csv.
+    """
+    exports = [out_dir / "hf"] + [out_dir / "final.csv"] * final_table
     if start >= last and all(path.exists() for path in exports):
         return False
-    if start < last:  # what an earlier end, at --stop_after, has exported
+    if start < last:  # exports of an earlier end, by --stop_after, are out of date
         shutil.rmtree(out_dir / "hf", ignore_errors=True)
         for name in ("discriminators.pt", "final.csv"):
             (out_dir / name).unlink(missing_ok=True)
@@ -90,32 +112,49 @@ def open_run(out_dir: Path, config: dict, start: int, last: int) -> bool:
     return True
 
 
-def room_needed(run, out_dir: Path) -> int:
-    """Bytes for the states to come, one of them beside the --keep others, and the export."""
+def room_needed(trained: Trained, keep: int, out_dir: Path) -> int:
+    """Returns the bytes that a run will write: `keep` states, one more beside them, the export."""
     there = len(list(Path(out_dir, "state").glob("step-*")))
-    export = sum(p.numel() * p.element_size() for p in run.policy.parameters())
-    return max(1, run.args.keep + 1 - there) * state_bytes(*run.players) + export
+    export = sum(p.numel() * p.element_size() for p in trained.policy.parameters())
+    return max(1, keep + 1 - there) * state_bytes(trained) + export
+
+
+def check_space(out_dir: Path, needed: int):
+    """Raises InputError on every rank if the disk of out_dir has less than that many bytes."""
+
+    def check():
+        free = shutil.disk_usage(out_dir).free
+        if free < needed:
+            raise InputError(f"need {needed / 1e9:.3g} GB, have {free / 1e9:.3g} GB")
+
+    from_rank_0(check, f"{out_dir}: disk space:")
 
 
 # ---------------------------------------------------------------------- states
 
 
-def state_tensors(policy, optimizer, critics, critic_optimizer) -> dict[str, torch.Tensor]:
-    """Everything that the next step depends on but the data order, which is a function of the step:
-    name -> the very tensor that is in use, so that loading means writing into it. Tied weights are
-    there once; buffers are spectral norm's vectors and the running means with their count."""
+def state_tensors(trained: Trained) -> dict[str, torch.Tensor]:
+    """Returns everything that the next step depends on, by name, as the tensors that are in use.
+
+    So loading a state means writing into them. The order of the data is not among them, because it
+    is a function of the step. Tied weights are there once. Buffers are the vectors of spectral norm
+    and the running means with their count.
+    """
     rank, tensors = dist.get_rank(), {}
-    players = {"policy": (policy, optimizer), "critics": (critics, critic_optimizer)}
-    for player, (module, its_optimizer) in players.items():
+    modules = {
+        "policy": (trained.policy, trained.optimizer),
+        "critics": (trained.critics, trained.critic_optimizer),
+    }
+    for prefix, (module, optimizer) in modules.items():
         if module is None:
             continue
-        for part in module.modules():  # the root's own weights stay whole after a forward alone
+        for part in module.modules():  # after a forward alone the root's weights are still whole
             if isinstance(part, FSDPModule):
                 part.reshard()
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            tensors[f"{player}.{name}"] = tensor.detach()
-            for key, value in its_optimizer.state.get(tensor, {}).items():
-                tensors[f"{player}.{name}.{key}"] = value
+            tensors[f"{prefix}.{name}"] = tensor.detach()
+            for key, value in optimizer.state.get(tensor, {}).items():
+                tensors[f"{prefix}.{name}.{key}"] = value
     tensors[f"rng.{rank}"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors[f"cuda_rng.{rank}"] = torch.cuda.get_rng_state()
@@ -127,7 +166,10 @@ def state_folder(out_dir: Path, step: int) -> Path:
 
 
 def file_numbers(tensors: dict, ranks: int) -> dict[str, int]:
-    """Name -> the number of its file, from 1; the generators of all ranks are in the first."""
+    """Returns the number of the file, from 1, that each tensor goes to.
+
+    The random generators of all ranks go to the first.
+    """
     numbers, number, size = {}, 1, 0
     for name, tensor in tensors.items():
         bytes_of_it = tensor.numel() * tensor.element_size()
@@ -137,58 +179,50 @@ def file_numbers(tensors: dict, ranks: int) -> dict[str, int]:
     return numbers | {f"{k}.{rank}": 1 for k in ("rng", "cuda_rng") for rank in range(ranks)}
 
 
-def state_bytes(policy, optimizer, critics, critic_optimizer) -> int:
-    """Of one state, over all ranks: weights and AdamW's two moments (the rest is small)."""
-    modules = [policy] if critics is None else [policy, critics]
+def state_bytes(trained: Trained) -> int:
+    """Returns the bytes of one state over all ranks: weights and AdamW's two moments; the rest is
+    small."""
+    modules = [m for m in (trained.policy, trained.critics) if m is not None]
     return 3 * sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
 
 
-def check_space(out_dir: Path, needed: int):
-    """InputError on every rank if the disk of out_dir has less than that many bytes."""
+def save_state(out_dir: Path, step: int, keep: int, trained: Trained):
+    """Writes state/step-NNNNNN, step being the number of finished steps, and keeps `keep` states.
 
-    def check():
-        free = shutil.disk_usage(out_dir).free
-        if free < needed:
-            raise InputError(f"need {needed / 1e9:.3g} GB, have {free / 1e9:.3g} GB")
-
-    from_rank_0(check, f"{out_dir}: disk space:")
-
-
-def save_state(out_dir: Path, step: int, keep: int, *players):
-    """Writes state/step-NNNNNN, `step` being the number of finished steps, and then drops all but
-    the `keep` newest. InputError if it cannot be written; the older states are then as they
-    were."""
+    Raises InputError if it cannot be written; the older states are then as they were.
+    """
     folder = state_folder(out_dir, step)
     unfinished = folder.with_name("unfinished")
-    from_rank_0(lambda: clean(folder.parent), "state:")
+    from_rank_0(lambda: remove_unfinished(folder.parent), "state:")
     try:
-        check_space(out_dir, state_bytes(*players))
-        tensors, ranks = state_tensors(*players), dist.get_world_size()
+        check_space(out_dir, state_bytes(trained))
+        tensors, ranks = state_tensors(trained), dist.get_world_size()
         writer = HuggingFaceStorageWriter(  # it syncs its files
             str(unfinished), file_numbers(tensors, ranks), save_distributed=True
         )
         dcp.save(tensors, storage_writer=writer)
         manifest = {"step": step, "ranks": ranks, "files": hash_files(unfinished)}
-        from_rank_0(lambda: finish(unfinished, folder, manifest, keep), "state:")
+        from_rank_0(lambda: complete(unfinished, folder, manifest, keep), "state:")
     except (CheckpointException, InputError) as error:
-        from_rank_0(lambda: clean(folder.parent), "state:")
+        from_rank_0(lambda: remove_unfinished(folder.parent), "state:")
         reason = f"the state of step {step} could not be written: {cause_of(error)}"
         raise InputError(f"{reason}; older states are intact") from None
 
 
 def cause_of(error: Exception) -> str:
-    """The first rank's error, in one line."""
+    """Returns the first rank's error in one line."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return str(error).splitlines()[0]
 
 
-def clean(states: Path):
-    """Away with what a killed save has left."""
+def remove_unfinished(states: Path):
+    """Removes what an interrupted save has left."""
     shutil.rmtree(states / "unfinished", ignore_errors=True)
 
 
-def finish(unfinished: Path, folder: Path, manifest: dict, keep: int):
+def complete(unfinished: Path, folder: Path, manifest: dict, keep: int):
+    """Writes the manifest, gives the state its name, and removes all states but `keep`."""
     write_synced(
         unfinished / MANIFEST, json.dumps(manifest | {"digest": digest(manifest)}, indent=1)
     )
@@ -198,13 +232,13 @@ def finish(unfinished: Path, folder: Path, manifest: dict, keep: int):
     sync_folder(folder.parent)
     states = sorted(folder.parent.glob("step-*"))
     here = states.index(folder)
-    # newer ones are damaged, or the run would have gone on from them
+    # states of later steps are damaged: otherwise the run would have continued from them
     for other in states[: max(0, here + 1 - keep)] + states[here + 1 :]:
         shutil.rmtree(other)
 
 
 def write_synced(path: Path, text: str):
-    """The whole text or, whatever happens, what was there before."""
+    """Writes a whole text file. If that fails, the file is as it was before."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     with unfinished.open("w") as file:
         file.write(text)
@@ -222,7 +256,7 @@ def sync_folder(path: Path):
 
 
 def hash_files(folder: Path) -> dict[str, list]:
-    """Name -> size and SHA-256 of every file but the manifest, the work shared among the ranks."""
+    """Returns size and SHA-256 of every file but the manifest; the ranks share the work."""
     rank, world = dist.get_rank(), dist.get_world_size()
     files = sorted(f for f in Path(folder).iterdir() if f.name != MANIFEST)
     mine = {f.name: [f.stat().st_size, sha256(f)] for f in files[rank::world]}
@@ -241,7 +275,7 @@ def digest(manifest: dict) -> str:
 
 
 def read_manifest(folder: Path) -> dict | None:
-    """None where there is no whole one: the state does not count."""
+    """Returns a state's manifest, or None if none is whole: then the state does not count."""
     try:
         manifest = json.loads((Path(folder) / MANIFEST).read_text())
         return manifest if manifest.pop("digest") == digest(manifest) else None
@@ -250,8 +284,10 @@ def read_manifest(folder: Path) -> dict | None:
 
 
 def newest_state(out_dir: Path) -> dict | None:
-    """The manifest of the newest state whose files are all as it says; damaged ones are named and
-    passed over."""
+    """Returns the manifest of the newest state whose files are all as it says, or None.
+
+    Damaged states are named on the terminal and passed over.
+    """
 
     def candidates():
         folders = sorted(Path(out_dir, "state").glob("step-*"), reverse=True)
@@ -270,14 +306,17 @@ def newest_state(out_dir: Path) -> dict | None:
     return None
 
 
-def load_state(out_dir: Path, manifest: dict, *players):
-    """Puts everything back as save_state found it. Any number of ranks may have written it; a rank
-    that was not there has no generator state to take up."""
-    policy, optimizer, critics, critic_optimizer = players
-    get_optimizer_state_dict(policy, optimizer)  # for its side effect: the moments, to load into
+def load_state(out_dir: Path, manifest: dict, trained: Trained):
+    """Restores everything that save_state saved.
+
+    Any number of ranks may have written the state. A rank that did not exist then has no state of a
+    random generator to restore.
+    """
+    policy, optimizer, critics, critic_optimizer = trained
+    get_optimizer_state_dict(policy, optimizer)  # creates the moments, to load into
     if critics is not None:
         get_optimizer_state_dict(critics, critic_optimizer)
-    tensors, rank = state_tensors(*players), dist.get_rank()
+    tensors, rank = state_tensors(trained), dist.get_rank()
     if rank >= manifest["ranks"]:
         tensors = {k: v for k, v in tensors.items() if k not in (f"rng.{rank}", f"cuda_rng.{rank}")}
     folder = state_folder(out_dir, manifest["step"])
@@ -292,17 +331,19 @@ def load_state(out_dir: Path, manifest: dict, *players):
 
 
 def export_policy(policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path):
-    """The policy as a Hugging Face folder in its own precision: the same logits when loaded
-    again. The folder appears whole."""
+    """Writes the policy as a Hugging Face folder in its own precision.
+
+    A model that is loaded from it gives identical logits. The folder appears whole or not at all.
+    """
     weights, unfinished = {}, folder.with_name(".hf.unfinished")
     for name, value in policy.model.state_dict().items():
         value = value.full_tensor() if hasattr(value, "full_tensor") else value  # collective
         if dist.get_rank() == 0:
             weights[name] = value.cpu()
     if dist.get_rank() == 0:
-        with torch.device("meta"):  # a shell: the sharded model cannot save_pretrained itself
+        with torch.device("meta"):  # a sharded model cannot save_pretrained; this one saves for it
             shell = type(policy.model)(policy.model.config)
-        if policy.model.can_generate():  # no reward model
+        if policy.model.can_generate():  # a reward model cannot
             shell.generation_config = policy.model.generation_config
         for tied, source in shell.all_tied_weights_keys.items():  # gathered twice, stored once
             weights[tied] = weights[source]
@@ -315,7 +356,10 @@ def export_policy(policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, f
 
 
 def save_discriminators(path: Path, critics: torch.nn.ModuleDict, settings: dict):
-    """settings: build_discriminator's arguments. Replicated on all ranks, so rank 0 writes."""
+    """Writes both critics. settings are the arguments of build_discriminator.
+
+    Every rank has whole copies, so rank 0 writes.
+    """
     if dist.get_rank() == 0:
         weights = {name: critic.state_dict() for name, critic in critics.items()}
         unfinished = path.with_name(f".{path.name}.unfinished")
@@ -326,8 +370,7 @@ def save_discriminators(path: Path, critics: torch.nn.ModuleDict, settings: dict
 def load_discriminators(
     path: Path, device: torch.device | str = "cpu"
 ) -> dict[str, torch.nn.Module]:
-    """-> {"disc_pos": critic, "disc_neg": critic} in eval mode, as save_discriminators wrote
-    them."""
+    """Returns {"disc_pos": critic, "disc_neg": critic} in eval mode, from save_discriminators."""
     saved = torch.load(path, map_location=device, weights_only=True)
     critics = {}
     for name in ("disc_pos", "disc_neg"):

@@ -1,13 +1,10 @@
-"""Preference triplets: from any of the usual schemas to token ids, and from ids to packed
-micro-batches.
+"""Preference data: from rows of any of the usual schemas to token ids.
 
     data = load_pairs("ultrafeedback.jsonl.gz", "train", tokenizer, max_length=2048)
     data.triplets[0].prompt, .chosen, .rejected     # token ids
-    batch = pack(data.triplets[:8])                 # one row of T tokens for policy.PackedLM
 
-Rows that cannot be trained on are dropped and counted by reason, never repaired in silence. This
-file knows no model and no ranks; every rank reads the same rows and takes its share of
-batch_indices().
+Rows that cannot be trained on are dropped and counted by reason; no row is repaired in silence.
+This file knows no model and no ranks: every rank reads the same rows.
 """
 
 import gzip
@@ -19,14 +16,11 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
 import numpy as np
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 ACCEPTED = (
@@ -140,7 +134,7 @@ def json_lines(rows: Iterable[dict]) -> str:
 def read_with_datasets(source: str, split: str):
     import datasets  # two seconds to import, so only where it is needed
 
-    with blaming(f"{source}: neither a file here nor a data set"):
+    with input_error_for(f"{source}: neither a file here nor a data set"):
         if Path(source, "dataset_dict.json").is_file() or Path(source, "state.json").is_file():
             found = datasets.load_from_disk(source)
         else:
@@ -157,13 +151,8 @@ def is_local(name: str) -> bool:
     return name.count("/") > 1 or name.startswith(("/", ".", "~"))
 
 
-def check_model_name(name: str, flag: str = "--model"):
-    if is_local(name) and not Path(name).is_dir():
-        raise InputError(f"{flag} {name}: no such folder")
-
-
 @contextmanager
-def blaming(what: str):
+def input_error_for(what: str):
     """Whatever is raised within (transformers, datasets, torch and the Hub raise what they like) as
     an InputError of one line that begins with `what`."""
     try:
@@ -223,6 +212,11 @@ def to_messages(row) -> tuple[list[dict], str, str]:
     if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
         raise RowFault("answer is not the assistant's")
     return checked([bare(m) for m in prompt], chosen[0]["content"], rejected[0]["content"])
+
+
+def user_chat(text: str) -> list[dict]:
+    """Returns a conversation of one turn, the user's."""
+    return [{"role": "user", "content": text}]
 
 
 def bare(message: dict):
@@ -437,111 +431,3 @@ def load_held_out(
     if not held_out.triplets:
         raise InputError(f"{source[0]}: no held-out pair is left: {held_out.summary()}")
     return held_out
-
-
-# ---------------------------------------------------------------------- order and packing
-
-
-@lru_cache(maxsize=2)
-def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    order = np.random.default_rng([seed, epoch]).permutation(n)
-    order.flags.writeable = False  # it is shared by all who ask
-    return order
-
-
-def batch_indices(step: int, n: int, batch_size: int, seed: int) -> np.ndarray:
-    """The pairs of a step, (batch_size,): a function of the step alone, so a resumed run needs no
-    sampler state. Each epoch is a permutation of its own; what is left after its last whole batch
-    is not used."""
-    epoch, position = divmod(step, n // batch_size)
-    return epoch_order(n, seed, epoch)[position * batch_size : (position + 1) * batch_size]
-
-
-def row_length(triplet: Triplet) -> int:
-    """Its tokens in a packed row."""
-    return sum(map(len, triplet[:3]))
-
-
-def plan_forwards(
-    triplets: list[Triplet], ranks: int, max_pairs: int, max_tokens: int
-) -> list[list[list[Triplet]]]:
-    """Cuts pairs into forwards, the longest first -> per forward, per rank, its pairs.
-
-    Every rank runs every forward, as collectives want; only the last one can be without pairs for
-    some. Sorted pairs are dealt to and fro, so that ranks get nearly equal tokens. A forward is
-    full at max_pairs, or where the next pairs would put some rank above max_tokens; a pair longer
-    than that is alone."""
-    lengths = np.array([row_length(t) for t in triplets])
-    order = np.argsort(-lengths, kind="stable")
-    dealt = np.pad(order, (0, -len(order) % ranks), constant_values=-1).reshape(-1, ranks)
-    dealt[1::2] = dealt[1::2, ::-1]
-    cuts, tokens = [0], np.zeros(ranks)
-    for i, more in enumerate(np.where(dealt < 0, 0, lengths[dealt])):
-        tokens = tokens + more
-        if i > cuts[-1] and (i - cuts[-1] == max_pairs or tokens.max() > max_tokens):
-            cuts.append(i)
-            tokens = more
-    parts = np.split(dealt, cuts[1:])
-    return [[[triplets[i] for i in rank if i >= 0] for rank in part.T] for part in parts]
-
-
-class Packed(NamedTuple):
-    """A micro-batch of B pairs as one row of T tokens; sequence i < B is chosen, B + i is
-    rejected."""
-
-    ids: Tensor  # (T,)
-    position_ids: Tensor  # (T,) chosen and rejected both continue at len(prompt)
-    segments: tuple  # per pair (start, prompt, chosen, rejected): the first token, and lengths
-    predict: Tensor  # (R,) for each response token, the position whose hidden state predicts it
-    labels: Tensor  # (R,) that token
-    owner: Tensor  # (R,) the sequence it belongs to
-    gather: Tensor  # (2B, L) the positions of each sequence's tokens, prompt and response
-    mask: Tensor  # (2B, L) bool, real tokens of gather
-    lengths: Tensor  # (2B,) response tokens
-    rows: tuple  # of the pairs, in the source
-    real_tokens: int  # 2 * prompt + chosen + rejected, summed: what every tokens/s counts
-
-    def to(self, device: torch.device):
-        return Packed(*(move(x, device) if torch.is_tensor(x) else x for x in self))
-
-
-def move(x: Tensor, device: torch.device) -> Tensor:
-    """To a GPU without waiting for what it is doing."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
-def pack(triplets: list[Triplet]) -> Packed:
-    """Lays the pairs out as [prompt, chosen, rejected] [prompt, chosen, rejected] ..."""
-    ids, positions, segments, sequences, responses = [], [], [], [[], []], [[], []]
-    start = 0
-    for t in triplets:
-        p, c, r = len(t.prompt), len(t.chosen), len(t.rejected)
-        segments.append((start, p, c, r))
-        ids += [t.prompt, t.chosen, t.rejected]
-        positions += [np.arange(p + c), p + np.arange(r)]
-        prompt, chosen, rejected = np.split(start + np.arange(p + c + r), [p, p + c])
-        for side, answer in enumerate((chosen, rejected)):
-            sequences[side].append(np.concatenate([prompt, answer]))
-            # the last prompt position predicts an answer's first token
-            responses[side].append(np.concatenate([prompt[-1:], answer[:-1]]))
-        start += p + c + r
-    sequences, responses = sequences[0] + sequences[1], responses[0] + responses[1]
-    lengths = np.array([len(x) for x in responses])
-    width = max(map(len, sequences))
-    gather = np.stack([np.pad(s, (0, width - len(s))) for s in sequences])  # pads read position 0
-    mask = np.arange(width) < np.array([len(s) for s in sequences])[:, None]
-    labels = [t.chosen for t in triplets] + [t.rejected for t in triplets]
-    long = lambda x: torch.from_numpy(np.asarray(x, dtype=np.int64))  # noqa: E731
-    return Packed(
-        ids=long(np.concatenate(ids)),
-        position_ids=long(np.concatenate(positions)),
-        segments=tuple(segments),
-        predict=long(np.concatenate(responses)),
-        labels=long(np.concatenate(labels)),
-        owner=long(np.repeat(np.arange(len(lengths)), lengths)),
-        gather=long(gather),
-        mask=torch.from_numpy(mask),
-        lengths=long(lengths),
-        rows=tuple(t.row for t in triplets),
-        real_tokens=int(mask.sum()),
-    )

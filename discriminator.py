@@ -1,42 +1,51 @@
-"""C_phi, the critic of GANPO: one raw score per sequence of latents, and the running means of its
-scores.
+"""The discriminators C_phi of GANPO: one raw score per text, and the running means of their scores.
 
     disc = build_discriminator("transformer", hidden_size=2304)
-    scores = disc(h, attention_mask)          # h (B, T, H), attention_mask (B, T) -> (B,)
+    scores = disc(h, mask)          # h (N, L, H), mask (N, L) -> (N,)
 
-Shapes: B texts, T tokens, H the models' hidden size, D the critic's own.
-Two are trained: disc_pos on chosen responses, disc_neg on rejected ones. Everything is computed in
-the weights' precision, fp32, except matrix products under the caller's autocast [choice 10]; the
-paired critic's callers have none, for the sake of its slopes.
+Two are trained: disc_pos on chosen answers and disc_neg on rejected ones. Shapes: N texts, L tokens
+of a text, H hidden size of the language model, D width of the discriminator. Everything is computed
+in the precision of the weights, float32 or higher, except matrix products under the caller's
+autocast [choice 10].
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+import distributed
 from losses import masked_mean
 
 
 class Discriminator(nn.Module):
-    """What both kinds share: a first layer and a head, spectrally normalised; spectral norm that
-    moves only when told to; the running means."""
+    """What the paper's discriminators share: first layer, head, spectral norm and running means.
+
+    A subclass adds layers of its own, calls initialise() at the end of __init__, and defines
+    forward(h, mask), which returns one raw score per text.
+    """
 
     def __init__(self, hidden_size: int, hidden: int, ema_decay: float):
         super().__init__()
         self.ema_decay = ema_decay
-        # of the mean scores mu_ref, mu_theta, mu_other, from 0 as in Algorithm 1, line 3
+        # the averages of the mean scores mu_ref, mu_theta, mu_other; 0 as in Algorithm 1, line 3
         self.register_buffer("ema", torch.zeros(3))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         self.project_in = nn.Linear(hidden_size, hidden)
         self.head_in, self.head_out = nn.Linear(hidden, hidden), nn.Linear(hidden, 1)
 
     def normalised_layers(self):
+        """Returns the layers that carry a spectral norm."""
         return self.project_in, self.head_in, self.head_out
 
-    def finish(self):
-        """Last in each __init__: Xavier weights and zero biases, then spectral norm, since the
-        other way round would be undone by the norm's own copy of the weight [choice 11]."""
+    def initialise(self):
+        """Draws Xavier weights, sets biases to 0 and then adds the spectral norms [choice 11].
+
+        The order matters: a spectral norm keeps a copy of the weight, so drawing the weights after
+        it would have no effect.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -48,12 +57,13 @@ class Discriminator(nn.Module):
         self.train()
 
     def head(self, pooled: Tensor) -> Tensor:
-        """(B, D) -> raw scores (B,)."""
+        """Returns the raw scores (N,) of pooled features (N, D)."""
         x = F.gelu(normalised(self.head_in, pooled))
         return normalised(self.head_out, x).squeeze(-1).to(self.ema.dtype)
 
     def train(self, mode: bool = True):
-        """As always, but spectral norm stays in eval mode: no forward moves it [choice 11]."""
+        """Sets train or eval mode, but spectral norms stay in eval mode, so that no forward changes
+        them [choice 11]."""
         super().train(mode)
         for layer in self.normalised_layers():
             layer.parametrizations.eval()
@@ -61,8 +71,10 @@ class Discriminator(nn.Module):
 
     @torch.no_grad()
     def power_iterate(self):
-        """One power iteration for every spectral norm; called once per discriminator update, so
-        that every forward of a step, on every micro-batch and rank, divides by the same sigma."""
+        """Runs one power iteration of every spectral norm; called once per discriminator update.
+
+        So every forward of a step, on every micro-batch and rank, divides by the same number.
+        """
         for layer in self.normalised_layers():
             layer.parametrizations.train()
             layer.weight  # noqa: B018  reading it in train mode is what runs the iteration
@@ -70,50 +82,61 @@ class Discriminator(nn.Module):
 
     @torch.no_grad()
     def update_means(self, s_ref: Tensor, s_theta: Tensor, s_other: Tensor):
-        """Algorithm 1, lines 14-15, on the scores of the *global* batch, once per step [choice
-        2]."""
+        """Updates the running means, Algorithm 1, lines 13-15 [choice 2].
+
+        The arguments are the scores of the *global* batch, (B,) each; called once per step.
+        """
         batch = torch.stack([s_ref.mean(), s_theta.mean(), s_other.mean()])
         self.ema.mul_(self.ema_decay).add_(batch, alpha=1 - self.ema_decay)
         self.num_updates += 1
 
     def means(self) -> Tensor:
-        """mu_ref, mu_theta, mu_other, (3,): the moving averages freed of their start at 0, so the
-        first batch's own means after one update, and 0 before any [choice 2]."""
+        """Returns mu_ref, mu_theta and mu_other as a tensor (3,) [choice 2].
+
+        The averages start at 0; the result is corrected for that, as in Adam. So it is the first
+        batch's means after one update, and 0 before any.
+        """
         n = self.num_updates.clamp(min=1).to(self.ema)
         return self.ema / (1 - self.ema_decay**n)
 
 
-DISCRIMINATORS = {}  # --disc NAME -> class, which takes all settings of build_discriminator
+DISCRIMINATORS = {}  # classes by the name that --critic takes
 
 
 def discriminator(name: str):
-    """Adds a critic's class under `name`."""
+    """Returns a decorator that registers a discriminator's class under a name for --critic.
 
-    def add(cls):
+    The class is built with all settings of build_discriminator as keyword arguments.
+    """
+
+    def register(cls):
         DISCRIMINATORS[name] = cls
         return cls
 
-    return add
+    return register
 
 
 @discriminator("transformer")
 class TransformerDiscriminator(Discriminator):
-    """Fig 10: linear to `hidden` (spectral norm), learned positions, pre-norm encoder layers,
-    masked mean, a two-layer head (spectral norm)."""
+    """The discriminator of Fig 10.
+
+    A linear layer to D units (spectral norm), learned positions, pre-norm encoder layers, a masked
+    mean over the tokens, and a head of two layers (spectral norm).
+    """
 
     def __init__(self, hidden_size, hidden, ema_decay, layers, dropout, max_length, **_):
         super().__init__(hidden_size, hidden, ema_decay)
-        # 8 heads as in Fig 10, fewer where they would be narrower than 8 units
+        # 8 heads as in Fig 10; fewer where a head would have less than 8 units
         heads = next(n for n in (8, 4, 2, 1) if hidden % n == 0 and (hidden // n >= 8 or n == 1))
         self.pos_embedding = nn.Parameter(torch.randn(max_length, hidden) * 0.02)
-        # a list, since nn.TransformerEncoder starts all its layers as copies of one [choice 17]
+        # nn.TransformerEncoder would start all its layers as copies of one layer [choice 17]
         self.layers = nn.ModuleList(EncoderLayer(hidden, heads, dropout) for _ in range(layers))
-        self.finish()
+        self.initialise()
 
-    def forward(self, h: Tensor, attention_mask: Tensor) -> Tensor:
-        """Latents h (B, T, H), attention_mask (B, T), 1 on real tokens -> raw scores (B,)."""
+    def forward(self, h: Tensor, mask: Tensor) -> Tensor:
+        """Returns raw scores (N,) of latents h (N, L, H); mask (N, L) is 1 on real tokens."""
         length = min(h.shape[1], self.pos_embedding.shape[0])  # cut both together [choice 8]
-        h, mask = h[:, :length], attention_mask[:, :length].bool()
+        h, mask = h[:, :length], mask[:, :length].bool()
         x = normalised(self.project_in, h) + self.pos_embedding[:length]
         for layer in self.layers:
             x = layer(x, mask)
@@ -121,7 +144,7 @@ class TransformerDiscriminator(Discriminator):
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm self-attention over real tokens and a GELU feed-forward four times as wide."""
+    """Pre-norm self-attention over real tokens, then a GELU network four times as wide."""
 
     def __init__(self, hidden, heads, dropout):
         super().__init__()
@@ -130,12 +153,13 @@ class EncoderLayer(nn.Module):
         self.qkv, self.out = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
         self.ffn_in, self.ffn_out = nn.Linear(hidden, 4 * hidden), nn.Linear(4 * hidden, hidden)
 
-    def drop(self, x: Tensor):
+    def drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
 
-    def forward(self, x: Tensor, mask: Tensor):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Returns (N, L, D) for x (N, L, D) and mask (N, L), True on real tokens."""
         qkv = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, D) each
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, L, D / heads) each
         dropout = self.dropout if self.training else 0.0
         a = F.scaled_dot_product_attention(q, k, v, mask[:, None, None], dropout)
         x = x + self.drop(self.out(a.transpose(1, 2).flatten(2)))
@@ -144,51 +168,29 @@ class EncoderLayer(nn.Module):
 
 @discriminator("mlp")
 class MLPDiscriminator(Discriminator):
-    """Table 3's shallow critic: the masked mean of the latents, then the first layer and the
-    head."""
+    """The shallow discriminator of Table 3: masked mean of the latents, first layer, head."""
 
     def __init__(self, hidden_size, hidden, ema_decay, **_):
         super().__init__(hidden_size, hidden, ema_decay)
-        self.finish()
+        self.initialise()
 
-    def forward(self, h: Tensor, attention_mask: Tensor) -> Tensor:
-        """Latents h (B, T, H), attention_mask (B, T), 1 on real tokens -> raw scores (B,)."""
-        pooled = masked_mean(h.to(self.ema.dtype), attention_mask)
+    def forward(self, h: Tensor, mask: Tensor) -> Tensor:
+        """Returns raw scores (N,) of latents h (N, L, H); mask (N, L) is 1 on real tokens."""
+        pooled = masked_mean(h.to(self.ema.dtype), mask)
         return self.head(F.gelu(normalised(self.project_in, pooled)))
 
 
-@discriminator("paired")
-class TokenCritic(nn.Module):
-    """The paired game's critic: a small MLP on each token's latent, no spectral norm, no means.
-    With differences it reads h_theta - h_ref, whose place for the reference is 0."""
-
-    def __init__(self, hidden_size, hidden, differences, **_):
-        super().__init__()
-        self.differences = differences
-        self.project_in = nn.Linear(hidden_size, hidden)
-        self.middle, self.out = nn.Linear(hidden, hidden), nn.Linear(hidden, 1)
-
-    def inputs(self, h_theta: Tensor, h_ref: Tensor) -> tuple[Tensor, Tensor]:
-        """What it reads of policy and reference, (B, T, H) each."""
-        if self.differences:
-            return h_theta - h_ref, torch.zeros_like(h_ref)
-        return h_theta, h_ref
-
-    def tokens(self, x: Tensor) -> Tensor:
-        """(B, T, H) -> raw scores (B, T)."""
-        x = F.gelu(self.middle(F.gelu(self.project_in(x))))
-        return self.out(x).squeeze(-1)
-
-    def forward(self, h: Tensor, attention_mask: Tensor) -> Tensor:
-        """Latents h (B, T, H), attention_mask (B, T), 1 on real tokens -> their mean score (B,)."""
-        return masked_mean(self.tokens(h), attention_mask)
-
-
 def normalised(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A spectrally normalised layer: sigma in the weights' precision, the product in autocast's."""
+    """Applies a layer with spectral norm to x.
+
+    The norm is computed in the precision of the weights, the product in that of autocast.
+    """
     with torch.autocast(x.device.type, enabled=False):
         weight = layer.weight
     return F.linear(x.to(weight.dtype), weight, layer.bias)
+
+
+# ---------------------------------------------------------------------- building and updating
 
 
 def build_discriminator(
@@ -200,12 +202,66 @@ def build_discriminator(
     max_length: int = 2048,
     ema_decay: float = 0.9,
     differences: bool = False,
-) -> Discriminator | TokenCritic:
-    """A critic for latents of width hidden_size. kind: transformer (Fig 10), mlp (Table 3) or
-    paired (the paired game's); only the first has use for layers, dropout and max_length (learned
-    positions), only the last for differences. ValueError for another kind."""
+) -> nn.Module:
+    """Returns a new discriminator for latents of width hidden_size.
+
+    kind is a name in DISCRIMINATORS: transformer (Fig 10), mlp (Table 3), paired (paired.py) or one
+    of your own. hidden is D. Only the transformer uses layers, dropout and max_length (the number
+    of learned positions, in tokens); only the paired critic uses differences. Raises ValueError for
+    another kind.
+    """
     if kind not in DISCRIMINATORS:
-        known = ", ".join(DISCRIMINATORS)
-        raise ValueError(f"unknown discriminator {kind!r}: {known} (mse is losses.latent_mse)")
+        raise ValueError(f"unknown discriminator {kind!r}: {', '.join(DISCRIMINATORS)}")
     settings = dict(layers=layers, dropout=dropout, max_length=max_length, differences=differences)
     return DISCRIMINATORS[kind](hidden_size, hidden, ema_decay=ema_decay, **settings)
+
+
+def critic_settings(args, hidden_size: int) -> dict:
+    """Returns the arguments of build_discriminator; they are also saved beside the weights."""
+    return {
+        "kind": args.critic,
+        "hidden_size": hidden_size,
+        "hidden": args.disc_hidden,
+        "layers": args.disc_layers,
+        "dropout": args.disc_dropout,
+        "max_length": args.max_length,
+        "ema_decay": args.ema_decay,
+        "differences": args.critic == "paired" and args.critic_input == "diff",
+    }
+
+
+def build_critics(args, hidden_size: int) -> nn.ModuleDict | None:
+    """Returns disc_pos and disc_neg, or None where the settings need no trained critic.
+
+    The critics are small, so every rank has whole copies, built alike from --seed. The random
+    generator is left as it was, so that what follows is the same with and without critics.
+    """
+    if args.lambda_adv == 0 or args.critic == "mse":
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        settings = critic_settings(args, hidden_size)
+        return nn.ModuleDict({k: build_discriminator(**settings) for k in ("disc_pos", "disc_neg")})
+
+
+def autocast_of(device: torch.device, dtype: torch.dtype):
+    """Returns a function that opens the autocast for the critics' products [choice 10].
+
+    On a GPU in a bfloat16 run they are computed in bfloat16, elsewhere in the weights' precision.
+    """
+    enabled = device.type == "cuda" and dtype == torch.bfloat16
+    return partial(torch.autocast, device.type, torch.bfloat16, enabled=enabled)
+
+
+def step_critics(run) -> Tensor:
+    """Updates both critics once with the gradients that lie on them; returns the gradients' norm.
+
+    Each rank holds the gradient of its own pairs' part of a global loss, so gradients are summed
+    over ranks. The norm is that of the sum, before the update; the critics are not clipped.
+    """
+    norm = distributed.sum_gradients(run.critics.parameters())
+    run.critic_optimizer.step()
+    for critic in run.critics.values():
+        if isinstance(critic, Discriminator):
+            critic.power_iterate()  # [choice 11]
+    return norm

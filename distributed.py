@@ -1,8 +1,10 @@
-"""What several processes need and one does too: a start, a printer, sharding, gathered scores.
+"""What several processes need and one process does too: start, sharding, gathered tensors.
 
-The same path for `python train_ganpo.py` and `torchrun`, one process and many, CPU and GPU: a world
-of one is a world.
+The same code serves `python train_ganpo.py` and `torchrun`, one process and many, CPU and GPU: one
+process is a world of size one. A rank is one process of a world.
 """
+
+import cpu
 
 import gc
 import math
@@ -12,6 +14,7 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,48 +25,51 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import InputError, first_line
 
-
-def cores() -> int:
-    """The cores that this process may use; a container's share can be less than it sees."""
-    visible = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except OSError:  # no such limit here
-        return visible
-    return visible if quota == "max" else min(visible, math.ceil(int(quota) / int(period)))
+# ---------------------------------------------------------------------- start and end
 
 
-def start(timeout: float) -> torch.device:
-    """Joins torchrun's rendezvous, or without torchrun a world of one that needs no port -> device.
-    A rank that waits for the others longer than timeout seconds ends with an error."""
+def start(timeout: float, miniature: bool = False) -> torch.device:
+    """Joins the process group and returns the device of this process.
+
+    Under torchrun the ranks meet as it says. Without it the process is a world of one that needs no
+    port. A rank that waits for the others longer than timeout seconds ends with an error. miniature
+    says whether the run is one of the miniature, which has its own number of threads (cpu.py).
+    """
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    else:  # torchrun would leave one thread to each of several processes
-        torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    else:
+        cpu.keep_freed_memory()
+        if threads := cpu.chosen_threads(miniature):
+            torch.set_num_threads(threads)
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     limit = timedelta(seconds=timeout)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit, **alone)
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
+def stop():
+    """Leaves the process group once all ranks are here: one that leaves early can abort others."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 @contextmanager
-def session(timeout: float):
-    """The process group for one run -> device. An error leaves it to flags.refuse."""
-    yield start(timeout)
+def session(timeout: float, miniature: bool = False):
+    """Opens the process group for a `with` block and gives the device; arguments as in start().
+
+    If the block raises, the group stays open; flags.refuse closes it.
+    """
+    yield start(timeout, miniature)
     stop()
 
 
-def free_memory():
-    """Of models that nobody holds any more: FSDP2's refer to themselves."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 class StopSignals:
-    """SIGTERM and SIGINT within a `with`: the first asks for an orderly end, for which the program
-    polls; the second ends the process at once."""
+    """SIGTERM and SIGINT within a `with` block.
+
+    The first signal asks for an orderly end; the program asks anywhere() whether one has come. The
+    second signal ends the process at once.
+    """
 
     def __enter__(self):
         self.received = False
@@ -80,26 +86,40 @@ class StopSignals:
             signal.signal(s, signal.SIG_DFL)
 
     def anywhere(self, device: torch.device) -> bool:
-        """Whether any rank has received one. Collective, so that all ranks decide alike."""
+        """Returns whether any rank has received a signal. All ranks call it and get one answer."""
         flag = torch.tensor(float(self.received), device=device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
 
-def stop():
-    dist.barrier()  # a rank that leaves early can abort the others
-    dist.destroy_process_group()
+def free_memory():
+    """Frees models that nobody holds any more; FSDP2's hold references to themselves."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
-def from_rank_0(function: Callable, blame: str):
-    """What function() returns on rank 0, on every rank. Its InputError or OSError is raised as an
-    InputError on every rank, `blame` first."""
+def print0(*values):
+    """Prints on rank 0."""
+    if dist.get_rank() == 0:
+        print(*values, flush=True)
+
+
+# ---------------------------------------------------------------------- objects between ranks
+
+
+def from_rank_0(function: Callable, message: str):
+    """Calls function() on rank 0 and returns its result on every rank.
+
+    If it raises InputError or OSError there, every rank raises an InputError that begins with
+    `message`.
+    """
     result, refusal = None, None
     if dist.get_rank() == 0:
         try:
             result = function()
         except (InputError, OSError) as error:
-            refusal = f"{blame} {error}"
+            refusal = f"{message} {error}"
     both = [result, refusal]
     if dist.get_world_size() > 1:  # see share_out
         dist.broadcast_object_list(both)
@@ -109,32 +129,46 @@ def from_rank_0(function: Callable, blame: str):
 
 
 def share_out(items: list, function: Callable) -> list:
-    """function(part of items) -> a list as long. Each rank does its part -> all of it, in the order
-    of items, on every rank."""
+    """Divides items among the ranks and returns function's results for all, in order, on all ranks.
+
+    function takes a list and returns one of the same length.
+    """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    if ranks == 1:  # a large object makes gloo's thread start workers of its own: with more threads
-        return function(items)  # than cores OpenMP's sleep between tasks, and all is twice as slow
+    if ranks == 1:
+        # A large object through gloo would start threads beside this process's own. With more
+        # threads than cores everything that follows took twice as long.
+        return function(items)
     parts = [None] * ranks
     dist.all_gather_object(parts, function(items[rank::ranks]))
     return [parts[i % ranks][i // ranks] for i in range(len(items))]
 
 
-def print0(*values):
-    if dist.get_rank() == 0:
-        print(*values, flush=True)
-
-
 def check_batch_size(batch_size: int):
-    """InputError if the ranks cannot have as many pairs each."""
+    """Raises InputError if the ranks cannot have equally many pairs of a step."""
     ranks = dist.get_world_size()
     if batch_size % ranks:
         raise InputError(f"--batch_size {batch_size} is not divisible by {ranks} ranks")
 
 
+# ---------------------------------------------------------------------- sharded models
+
+
+class Trained(NamedTuple):
+    """What training changes, and what a saved state therefore holds."""
+
+    policy: torch.nn.Module  # sharded
+    optimizer: torch.optim.Optimizer
+    critics: torch.nn.Module | None  # whole on every rank
+    critic_optimizer: torch.optim.Optimizer | None
+
+
 def sharing_ranks() -> int:
-    """How many ranks share one copy of the weights: those of a node. With several nodes each has a
-    sharded copy of its own, and only gradients travel between them (HSDP); nodes of one rank each
-    share."""
+    """Returns how many ranks share one copy of the weights: those of one node.
+
+    With several nodes each holds a sharded copy of its own, and only gradients travel between nodes
+    (HSDP). Nodes of one rank each share one copy. Raises InputError if nodes differ in their number
+    of ranks.
+    """
     world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if world % local:
         raise InputError(f"{world} ranks on nodes of {local}: every node needs as many")
@@ -142,6 +176,7 @@ def sharing_ranks() -> int:
 
 
 def make_mesh(device: torch.device) -> DeviceMesh:
+    """Returns the mesh over which weights are sharded and, with several nodes, replicated."""
     sharing, world = sharing_ranks(), dist.get_world_size()
     if sharing == world:
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
@@ -150,8 +185,12 @@ def make_mesh(device: torch.device) -> DeviceMesh:
 
 
 def shard(lm: torch.nn.Module, mesh: DeviceMesh, dtype: torch.dtype):
-    """FSDP2: a group per layer, the rest in the root's, embedding and head (which may be tied)
-    among it. bfloat16 is the precision of compute; weights stay as they are, sums are fp32."""
+    """Shards a policy.PackedLM with FSDP2 and returns it.
+
+    Each layer is a group; the rest, with embedding and head (which may be tied), is in the root's
+    group. With bfloat16 as the precision of compute the weights stay as they are, and gradients are
+    summed in float32.
+    """
     mixed = MixedPrecisionPolicy()
     if dtype == torch.bfloat16:
         mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -162,22 +201,26 @@ def shard(lm: torch.nn.Module, mesh: DeviceMesh, dtype: torch.dtype):
 
 @torch.no_grad()
 def load_sharded(
-    load: Callable, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype, blame: str
+    load: Callable, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype, message: str
 ):
-    """load() -> a policy.PackedLM, and load(shell="meta") the same without its weights. Rank 0
-    alone reads them and hands every rank its part, one parameter at a time, so that no other rank
-    ever holds the whole model, and none holds it twice. InputError, blame first, on all ranks."""
+    """Returns a sharded policy.PackedLM with its weights.
+
+    load() returns the model; load(shell="meta") returns the same without its weights. Rank 0 alone
+    reads the weights. It hands every rank its part, one parameter at a time, so that no other rank
+    ever holds the whole model and none holds it twice. All ranks raise an InputError that begins
+    with `message` if the weights cannot be read.
+    """
     weights = {}
 
     def read():
         try:
             whole = load()
-        except Exception as error:  # transformers and safetensors raise what they like
+        except Exception as error:  # transformers and safetensors raise many kinds of errors
             raise InputError(first_line(error)) from None
         weights.update([*whole.named_parameters(), *whole.named_buffers()])
 
     lm = shard(load(shell="meta"), mesh, dtype).to_empty(device=device)
-    from_rank_0(read, blame)
+    from_rank_0(read, message)
     for name, x in [*lm.named_parameters(), *lm.named_buffers()]:
         value = (
             weights.pop(name).to(device)
@@ -186,14 +229,20 @@ def load_sharded(
         )
         if isinstance(x, DTensor):
             x.copy_(distribute_tensor(value, x.device_mesh, x.placements))
-        else:  # buffers, such as the rotary frequencies, are in no checkpoint
+        else:  # buffers such as the rotary frequencies are in no checkpoint
             dist.broadcast(value, 0)
             x.copy_(value)
     return lm
 
 
+# ---------------------------------------------------------------------- tensors between ranks
+
+
 def all_ranks(local: Tensor) -> Tensor:
-    """(..., b) of this rank -> (..., B) of all, in rank order; this rank's part keeps its graph."""
+    """Returns (..., B), the tensors (..., b) of all ranks in rank order.
+
+    This rank's own part keeps its graph; the others carry no gradient.
+    """
     parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, local.detach().contiguous())
     parts[dist.get_rank()] = local
@@ -201,8 +250,10 @@ def all_ranks(local: Tensor) -> Tensor:
 
 
 def sum_gradients(parameters: Iterable) -> Tensor:
-    """Replaces replicated parameters' gradients by their sum over ranks, in one all-reduce -> the
-    norm."""
+    """Replaces gradients by their sums over ranks, in one all-reduce, and returns the sum's norm.
+
+    For parameters of which every rank has a whole copy.
+    """
     parameters = [p for p in parameters if p.grad is not None]  # the same ones on every rank
     grads = [p.grad for p in parameters]
     flat = torch.cat([g.flatten() for g in grads])
@@ -213,8 +264,21 @@ def sum_gradients(parameters: Iterable) -> Tensor:
 
 
 def assert_equal_on_ranks(module: torch.nn.Module):
-    """For replicated modules: every rank must have built the same one."""
+    """Raises AssertionError if the ranks' copies of a module differ."""
     sums = torch.stack([p.detach().double().sum() for p in module.parameters()])
     everywhere = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
     dist.all_gather(everywhere, sums)
     assert all(torch.equal(sums, other) for other in everywhere), "replicas differ between ranks"
+
+
+def available_memory(device: torch.device) -> float:
+    """Returns the bytes that one rank may use: the GPU's, or its share of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limits = []
+    try:
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))  # of a container
+    except (OSError, ValueError):  # not there, or "max"
+        pass
+    return min(limits, default=math.inf) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))

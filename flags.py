@@ -1,10 +1,11 @@
-"""What the programs' command lines share: numbers with bounds, errors in one line."""
+"""What the programs' command lines share: numbers with bounds, and errors in one line."""
 
 import argparse
 import math
 import os
 import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,17 +15,27 @@ from data import InputError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: a finite number in [low, high], or above low."""
+def world_folder(seed: int, root: str | Path = "out/mini") -> Path:
+    """Returns the folder of one world of the miniature; miniature/world.py builds it."""
+    return Path(root) / f"seed{seed}"
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False):
+    """Returns a type for argparse: a finite number of that kind in [low, high].
+
+    With above=True the number must be greater than low. The type raises ArgumentTypeError, which
+    argparse shows as an error of one line.
+    """
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
-        if not low <= value <= high or value == math.inf or above and value == low:  # or nan
-            ends = "(" if above else "[", ")" if high == math.inf else "]"
-            raise argparse.ArgumentTypeError(f"{text} is not in {ends[0]}{low}, {high}{ends[1]}")
+        # `not (low <= value)` is also true for nan
+        if not low <= value <= high or value == math.inf or above and value == low:
+            left, right = "(" if above else "[", ")" if high == math.inf else "]"
+            raise argparse.ArgumentTypeError(f"{text} is not in {left}{low}, {high}{right}")
         return value
 
     return parse
@@ -35,9 +46,12 @@ at_least_0, count, natural = number(float, 0), number(int, 1), number(int, 0)
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags in full and a help of one screen; an error is an InputError, not a page of usage."""
+    """An argument parser whose help fits one screen and whose errors are InputErrors of one line.
 
-    def __init__(self, program, about, usage=None):
+    Flags must be written in full: an abbreviation could change its meaning with a new flag.
+    """
+
+    def __init__(self, program: str, about: str, usage: str | None = None):
         layout = partial(argparse.HelpFormatter, max_help_position=32, width=100)
         settings = dict(usage=usage, description=about.split("\n\n")[0], allow_abbrev=False)
         super().__init__(program, formatter_class=layout, **settings)
@@ -46,8 +60,13 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
+def given_flags(argv: list[str]) -> set[str]:
+    """Returns the names of the flags that stand on a command line, without their dashes."""
+    return {word[2:].split("=")[0] for word in argv if word.startswith("--")}
+
+
 def refuse(program: str, error: Exception):
-    """Ends a program that cannot go on. All ranks find such errors, one speaks."""
+    """Ends a program that cannot go on, with one line. All ranks find such errors; one prints."""
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(f"{program}: {error}" if os.environ.get("RANK", "0") == "0" else 1)

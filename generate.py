@@ -11,6 +11,8 @@ the last bits of the logits decide can come out differently.
 Two models, or two temperatures, meet the same randomness, which makes their comparison sharper.
 """
 
+import cpu  # noqa: F401  must come before torch
+
 import hashlib
 import sys
 import time

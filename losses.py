@@ -1,38 +1,50 @@
-"""The mathematics of GANPO as pure functions of tensors, and the table of --loss.
+"""The mathematics of GANPO as pure functions of tensors, and the table of preference losses.
 
-B pairs, T tokens of a text, H hidden; every argument is a float tensor of shape (B,) unless it says
-otherwise, log-probabilities are natural logarithms, and each function works in the precision of its
-inputs. Equation numbers are those of arXiv 2601.22083. Everything is written with softplus, because
--log sigma(x) = softplus(-x) and -log(1 - sigma(x)) = softplus(x) hold without overflow at any |x|.
+Equation numbers are those of arXiv 2601.22083. Shapes: B pairs, N texts, L tokens of a text, H
+hidden size. Where a docstring gives no shape, an argument is a float tensor of shape (B,).
+Log-probabilities are natural logarithms. Every function computes in the precision of its inputs.
+
+All losses are written with softplus(x) = log(1 + e^x), because -log sigma(x) = softplus(-x) and
+-log(1 - sigma(x)) = softplus(x) hold without overflow for every x.
 """
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LN2 = 0.6931471805599453  # softplus(0): what a critic that cannot tell apart pays per term
+LN2 = (
+    0.6931471805599453  # softplus(0), the loss of a discriminator that cannot tell two inputs apart
+)
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x). F.softplus alone is a straight line from x = 20 on: in float64 off by 2e-9."""
+    """Returns log(1 + e^x), of any shape.
+
+    F.softplus by itself is a straight line from x = 20 on, which is wrong by 2e-9 in float64.
+    """
     return F.softplus(x, threshold=40.0)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the real tokens: (B, T) or (B, T, D), mask (B, T), 1 on real tokens, at least one
-    per row  ->  (B,) or (B, D) [choice 3]"""
+    """Returns the mean over the real tokens of each text [choice 3].
+
+    x is (N, L) or (N, L, D). mask is (N, L), 1 on real tokens and 0 on padding, with at least one
+    real token per text. The result is (N,) or (N, D).
+    """
     mask = mask.bool().view(*mask.shape, *[1] * (x.ndim - 2))
     return torch.where(mask, x, 0).sum(1) / mask.sum(1)
 
 
 def share_above_0(x: Tensor) -> Tensor:
-    """1 where x > 0, 1/2 where it is 0, 0 below: of differences, who wins, ties shared."""
+    """Returns 1 where x > 0, 1/2 where x = 0 and 0 where x < 0: a win, a tie and a defeat."""
     return (x.sign() + 1) / 2
 
 
-# ---------------------------------------------------------------------- preference optimisation
+# ---------------------------------------------------------------------- preference losses
 
 
 def dpo_loss(
@@ -42,9 +54,12 @@ def dpo_loss(
     ref_logp_rejected: Tensor,
     beta: float,
 ) -> Tensor:
-    """Eq 3-4, direct preference optimisation, on log-probabilities summed over the response.
+    """Direct preference optimisation, Eq 3-4.
 
-    -log sigma(beta * [(logp_w - ref_w) - (logp_l - ref_l)])  ->  (B,); ln 2 where policy = ref.
+    -log sigma(beta * [(logp_chosen - ref_logp_chosen) - (logp_rejected - ref_logp_rejected)])
+
+    The log-probabilities are sums over the answer's tokens. Returns (B,); ln 2 where the policy
+    equals the reference.
     """
     chosen, rejected = implicit_rewards(
         logp_chosen, logp_rejected, ref_logp_chosen, ref_logp_rejected, beta
@@ -55,9 +70,11 @@ def dpo_loss(
 def simpo_loss(
     logp_chosen: Tensor, logp_rejected: Tensor, beta: float, gamma_beta_ratio: float
 ) -> Tensor:
-    """SimPO (arXiv 2405.14734, Eq 6), on log-probabilities *averaged* over the response's tokens.
+    """SimPO (arXiv 2405.14734, Eq 6).
 
-    -log sigma(beta * (logp_w - logp_l) - gamma), gamma = beta * gamma_beta_ratio  ->  (B,)
+    -log sigma(beta * (logp_chosen - logp_rejected) - gamma), gamma = beta * gamma_beta_ratio
+
+    The log-probabilities are *means* over the answer's tokens. Returns (B,).
     """
     return softplus(beta * (gamma_beta_ratio - (logp_chosen - logp_rejected)))
 
@@ -69,28 +86,31 @@ def ipo_loss(
     ref_logp_rejected: Tensor,
     beta: float,
 ) -> Tensor:
-    """IPO (arXiv 2310.12036, Eq 17), on log-probabilities summed over the response.
+    """IPO (arXiv 2310.12036, Eq 17).
 
-    ([(logp_w - ref_w) - (logp_l - ref_l)] - 1 / (2 beta))^2  ->  (B,); 1 / (4 beta^2) where policy
-    = ref.
+    ([(logp_chosen - ref_logp_chosen) - (logp_rejected - ref_logp_rejected)] - 1 / (2 beta))^2
+
+    The log-probabilities are sums over the answer's tokens. Returns (B,); 1 / (4 beta^2) where the
+    policy equals the reference.
     """
     log_ratio = (logp_chosen - ref_logp_chosen) - (logp_rejected - ref_logp_rejected)
     return (log_ratio - 1 / (2 * beta)).square()
 
 
 def sft_loss(logp_chosen: Tensor) -> Tensor:
-    """Supervised fine-tuning on the chosen answer: its mean negative log-likelihood per token  ->
-    (B,).
+    """Supervised fine-tuning on the chosen answer: its negative log-likelihood per token.
 
-    Takes the log-probability *averaged* over the response's tokens, as simpo_loss does.
+    The log-probability is the *mean* over the answer's tokens, as in simpo_loss. Returns (B,).
     """
     return -logp_chosen
 
 
 def bradley_terry_loss(reward_chosen: Tensor, reward_rejected: Tensor) -> Tensor:
-    """A reward model's loss (Bradley and Terry 1952): -log p(chosen above rejected), where
+    """The loss of a reward model (Bradley and Terry, 1952).
 
-    p = sigma(reward_chosen - reward_rejected)  ->  (B,); ln 2 at equal rewards.
+    -log sigma(reward_chosen - reward_rejected)
+
+    Returns (B,); ln 2 where the two rewards are equal.
     """
     return softplus(reward_rejected - reward_chosen)
 
@@ -102,92 +122,116 @@ def implicit_rewards(
     ref_logp_rejected: Tensor,
     beta: float,
 ) -> tuple[Tensor, Tensor]:
-    """The reward that DPO's policy implies (Eq 3-4): beta * (logp - ref_logp), chosen and rejected
-    ->  two (B,)."""
+    """Returns the rewards that DPO's policy implies for chosen and rejected answers, Eq 3-4.
+
+    beta * (logp - ref_logp), two tensors of shape (B,).
+    """
     return beta * (logp_chosen - ref_logp_chosen), beta * (logp_rejected - ref_logp_rejected)
 
 
+# ---------------------------------------------------------------------- the table of --loss
+
+
 class LogProbs(NamedTuple):
-    """What a preference loss may use, all (B,): log-probabilities summed over the response, and its
-    tokens."""
+    """What a preference loss may use of each pair, six tensors of shape (B,).
+
+    Log-probabilities are sums over the answer's tokens, lengths are numbers of those tokens. The
+    reference's are None where the loss is registered with needs_ref=False.
+    """
 
     logp_chosen: Tensor
     logp_rejected: Tensor
-    ref_logp_chosen: Tensor | None  # None where the loss has needs_ref = False
+    ref_logp_chosen: Tensor | None
     ref_logp_rejected: Tensor | None
     length_chosen: Tensor
     length_rejected: Tensor
 
     def per_token(self) -> tuple[Tensor, Tensor]:
-        """The policy's log-probabilities of chosen and rejected, averaged over the response."""
+        """Returns the policy's mean log-probability per token of chosen and rejected answers."""
         return self.logp_chosen / self.length_chosen, self.logp_rejected / self.length_rejected
 
 
-# --loss NAME -> function(lp: LogProbs, args) -> (B,); args has beta and gamma_beta_ratio
-OPO_LOSSES = {}
+class PreferenceLoss(NamedTuple):
+    """An entry of OPO_LOSSES."""
+
+    function: Callable[..., Tensor]  # (LogProbs, **settings) to one loss per pair, (B,)
+    needs_ref: bool  # whether it reads the reference's log-probabilities
+    defaults: dict[str, float]  # its settings, and their values where no flag says otherwise
 
 
-def opo_loss(name: str, needs_ref: bool):
-    """Adds a preference loss under `name`; one without a reference is not made to load and run
-    it."""
+OPO_LOSSES: dict[str, PreferenceLoss] = {}  # by the name that --loss takes
 
-    def add(function):
-        function.needs_ref = needs_ref
-        OPO_LOSSES[name] = function
+
+def opo_loss(name: str, needs_ref: bool, **defaults: float):
+    """Returns a decorator that registers a preference loss under a name for --loss.
+
+    needs_ref says whether the loss reads the reference's log-probabilities; without them the
+    reference is not loaded. defaults are the loss's settings, such as beta=0.1. A flag of the same
+    name overrides a default.
+    """
+
+    def register(function):
+        OPO_LOSSES[name] = PreferenceLoss(function, needs_ref, defaults)
         return function
 
-    return add
+    return register
 
 
-@opo_loss("dpo", needs_ref=True)
-def _dpo(lp: LogProbs, args) -> Tensor:
-    return dpo_loss(
-        lp.logp_chosen, lp.logp_rejected, lp.ref_logp_chosen, lp.ref_logp_rejected, args.beta
-    )
+def with_settings(name: str, settings: Mapping) -> Callable[[LogProbs], Tensor]:
+    """Returns the preference loss `name` as a function of LogProbs alone.
+
+    Its settings are taken from the mapping; one that is absent or None keeps its default.
+    """
+    loss = OPO_LOSSES[name]
+    given = {k: settings[k] for k in loss.defaults if settings.get(k) is not None}
+    return partial(loss.function, **(loss.defaults | given))
 
 
-@opo_loss("ipo", needs_ref=True)
-def _ipo(lp: LogProbs, args) -> Tensor:
-    return ipo_loss(
-        lp.logp_chosen, lp.logp_rejected, lp.ref_logp_chosen, lp.ref_logp_rejected, args.beta
-    )
+@opo_loss("dpo", needs_ref=True, beta=0.1)  # App. B
+def _dpo(lp: LogProbs, beta: float) -> Tensor:
+    return dpo_loss(*lp[:4], beta)
 
 
-@opo_loss("simpo", needs_ref=False)
-def _simpo(lp: LogProbs, args) -> Tensor:  # [choice 14]
-    return simpo_loss(*lp.per_token(), args.beta, args.gamma_beta_ratio)
+@opo_loss("ipo", needs_ref=True, beta=0.1)  # App. B's for DPO
+def _ipo(lp: LogProbs, beta: float) -> Tensor:
+    return ipo_loss(*lp[:4], beta)
+
+
+@opo_loss("simpo", needs_ref=False, beta=10.0, gamma_beta_ratio=0.5)  # its authors' for Gemma-2-9B
+def _simpo(lp: LogProbs, beta: float, gamma_beta_ratio: float) -> Tensor:  # [choice 14]
+    return simpo_loss(*lp.per_token(), beta, gamma_beta_ratio)
 
 
 @opo_loss("sft", needs_ref=False)
-def _sft(lp: LogProbs, args) -> Tensor:
+def _sft(lp: LogProbs) -> Tensor:
     return sft_loss(lp.per_token()[0])
 
 
-def rewards(lp: LogProbs, args) -> tuple[Tensor, Tensor]:
-    """What the log calls rewards of chosen and rejected, (b,) each: Eq 3-4's where --loss needs the
-    reference, else SimPO's, beta times the mean log-probability."""
-    if OPO_LOSSES[args.loss].needs_ref:
-        return implicit_rewards(*lp[:4], args.beta)
+def logged_rewards(lp: LogProbs, needs_ref: bool, beta: float) -> tuple[Tensor, Tensor]:
+    """Returns what the log calls the rewards of chosen and rejected answers, (B,) each.
+
+    For a loss that needs the reference they are the implicit rewards of Eq 3-4. For the others they
+    are SimPO's: beta times the mean log-probability per token.
+    """
+    if needs_ref:
+        return implicit_rewards(*lp[:4], beta)
     chosen, rejected = lp.per_token()
-    return args.beta * chosen, args.beta * rejected
+    return beta * chosen, beta * rejected
 
 
-def needs_reference(args) -> bool:
-    """Of log-probabilities, or of latents."""
-    return OPO_LOSSES[args.loss].needs_ref or args.lambda_adv > 0
-
-
-# ---------------------------------------------------------------------- the adversarial game
-# s_ref, s_theta, s_other: one critic's raw scores of the reference's latents of its own sign, of
-# the policy's, and of the reference's of the opposite sign; mu_*: their means, scalars.
+# ---------------------------------------------------------------------- adversarial losses
+# s_ref, s_theta and s_other are the raw scores that one discriminator gives to three sets of latents:
+# the reference's of its own sign, the policy's, and the reference's of the opposite sign.
+# mu_ref, mu_theta and mu_other are their means, scalars.
 
 
 def relativistic_bce(s_real: Tensor, s_fake: Tensor, mu_real: Tensor, mu_fake: Tensor) -> Tensor:
-    """Eq 14-15 with Eq 11: how badly the critic puts `real` above the average `fake`, and the
-    reverse.
+    """The relativistic average binary cross-entropy, Eq 14-15 with Eq 11.
 
-    -E log sigma(s_real - mu_fake) - E log(1 - sigma(s_fake - mu_real))  ->  scalar; 2 ln 2 at equal
-    scores.
+    -E log sigma(s_real - mu_fake) - E log(1 - sigma(s_fake - mu_real))
+
+    It is small where every real score is above the mean fake score and every fake score is below
+    the mean real score. Returns a scalar; 2 ln 2 where all scores are equal.
     """
     return softplus(mu_fake - s_real).mean() + softplus(s_fake - mu_real).mean()
 
@@ -200,10 +244,12 @@ def discriminator_loss(
     mu_theta: Tensor,
     mu_other: Tensor,
 ) -> Tensor:
-    """Eq 19; and Eq 20 with the signs swapped, which is the same function of the other critic's
-    scores.
+    """The loss of one discriminator: Eq 19 for disc_pos, Eq 20 for disc_neg.
 
-    BCE(ref, theta) + BCE(theta, ref of the opposite sign)  ->  scalar; 4 ln 2 at equal scores.
+    BCE(ref, theta) + BCE(theta, reference of the opposite sign)
+
+    The two equations are the same function of the respective discriminator's own scores. Returns a
+    scalar; 4 ln 2 where all scores are equal.
     """
     return relativistic_bce(s_ref, s_theta, mu_ref, mu_theta) + relativistic_bce(
         s_theta, s_other, mu_theta, mu_other
@@ -213,59 +259,37 @@ def discriminator_loss(
 def generator_loss(
     s_theta: Tensor,
     mu_ref: Tensor,
-    kind: str,
+    adv_loss: str,
     s_ref: Tensor | None = None,
     mu_theta: Tensor | None = None,
 ) -> Tensor:
-    """Eq 18, the policy's loss under one critic (L_adv is the sum of the two critics')  ->  scalar.
+    """The policy's loss under one discriminator, Eq 18; L_adv is the sum over both [choice 1].
 
-    minimax        -BCE(ref, theta), whose policy term is   E log(1 - sigma(s_theta - mu_ref))
-    nonsaturating   BCE(theta, ref), whose policy term is  -E log sigma(s_theta - mu_ref)
-    [choice 1] Without s_ref the policy's term alone, as the means are constants (Algorithm 1); with
-    s_ref and mu_theta both terms, as in the original relativistic average GAN, where mu_theta
-    carries gradient. Raises ValueError for another kind, or for s_ref without mu_theta.
+    adv_loss "minimax":        -BCE(ref, theta); its part with s_theta: E log(1 - sigma(s_theta - mu_ref))
+    adv_loss "nonsaturating":  BCE(theta, ref); its part with s_theta: -E log sigma(s_theta - mu_ref)
+
+    Without s_ref and mu_theta only the part with s_theta is computed: with the running means of
+    Algorithm 1 the other part is a constant. With both of them the whole loss is computed, as in
+    the original relativistic average GAN, where mu_theta carries gradient. Returns a scalar. Raises
+    ValueError for another adv_loss, or if only one of s_ref and mu_theta is given.
     """
-    if kind not in ("minimax", "nonsaturating"):
-        raise ValueError(f"unknown adversarial loss {kind!r}: minimax or nonsaturating")
+    if adv_loss not in ("minimax", "nonsaturating"):
+        raise ValueError(f"unknown adversarial loss {adv_loss!r}: minimax or nonsaturating")
     if (s_ref is None) != (mu_theta is None):
-        raise ValueError(
-            "s_ref and mu_theta go together: both for two terms, neither for the policy's alone"
-        )
+        raise ValueError("s_ref and mu_theta go together: give both or neither")
     if s_ref is not None:
-        if kind == "minimax":
+        if adv_loss == "minimax":
             return -relativistic_bce(s_ref, s_theta, mu_ref, mu_theta)
         return relativistic_bce(s_theta, s_ref, mu_theta, mu_ref)
-    if kind == "minimax":
+    if adv_loss == "minimax":
         return -softplus(s_theta - mu_ref).mean()
     return softplus(mu_ref - s_theta).mean()
 
 
 def latent_mse(h_theta: Tensor, h_ref: Tensor, mask: Tensor) -> Tensor:
-    """Table 3's fixed critic: squared distance of two latents (B, T, H), mean over units and real
-    tokens  ->  (B,).
+    """The fixed distance of Table 3: the mean squared difference of two sets of latents.
 
-    mask (B, T) is 1 on real tokens, at least one per row.
+    h_theta and h_ref are (N, L, H). mask is (N, L), 1 on real tokens. The mean is over hidden units
+    and real tokens. Returns (N,).
     """
     return masked_mean((h_theta - h_ref).square().mean(-1), mask)
-
-
-# ---------------------------------------------------------------------- the paired game
-# Beyond the paper: near h_theta = h_ref the two terms of Eq 19 push the policy's score with equal
-# force in opposite directions, so the critic learns good against bad, not policy against reference.
-# Here it compares the two models' latents of one token of one text, u = D(x_ref) - D(x_theta),
-# (B, T), and a penalty on its slope, not a bound, lets its force vanish as they meet.
-
-
-def paired_discriminator_loss(u: Tensor, slopes: Tensor, mask: Tensor, r1: float) -> Tensor:
-    """softplus(-u) + r1 / 2 * slopes, mean over real tokens  ->  (B,); ln 2 at equal latents of a
-    flat critic.
-
-    slopes (B, T): |dD/dx|^2 at the reference's latent plus that at the policy's (the R1 and R2
-    penalties of Mescheder et al. 2018).
-    """
-    return masked_mean(softplus(-u) + r1 / 2 * slopes, mask)
-
-
-def paired_generator_loss(u: Tensor, mask: Tensor) -> Tensor:
-    """softplus(u), mean over real tokens  ->  (B,); ln 2 where policy = reference."""
-    return masked_mean(softplus(u), mask)

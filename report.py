@@ -1,16 +1,22 @@
-"""What a training run says: the header, one line per step, and the csv files. Rank 0 writes.
+"""What a training run reports: the header, one line per step, the csv files and config.json.
 
-Columns of metrics.csv are exact means over all pairs and ranks of the step, taken before the
-policy's update; those of the adversarial term (loss_adv, adv_to_opo_grad, adv_align) after the
-discriminators'. A column that a setting has no value for stays empty.
+Columns of metrics.csv are exact means over all pairs of the step on all ranks, taken before the
+policy's update. Those of the adversarial loss (loss_adv, adv_to_opo_grad, adv_align) are taken after
+the discriminators' update. A column that a setting has no value for stays empty. docs/log.md
+explains each column. Shapes as in train_ganpo.py.
 """
+
+import cpu
 
 import csv
 import json
+import math
 import os
 import platform
 import re
 import resource
+import sys
+from collections.abc import Callable
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -18,13 +24,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+import paired
 from data import InputError, PreferenceData
 from distributed import print0
-from estimate import Survey
-from game import GAMES
-from settings import parse_args
+from losses import LN2
+from packing import Packed, Survey
+from policy import at_least_fp32
+from settings import parse_args, unused_flags
 from winrate import standard_error
 
 COLUMNS = (
@@ -35,12 +45,115 @@ COLUMNS = (
 EVAL_COLUMNS = "step loss accuracy margin pairs".split()
 FINAL_COLUMNS = "temperature model n strict_acc strict_acc_se mean_score mean_score_se".split()
 
+# ---------------------------------------------------------------------- the metrics of a step
+
+
+def squares_hook(per_pair: dict, name: str, batch: Packed) -> Callable:
+    """Returns a gradient hook that stores each pair's sum of squares as per_pair[name], (b,)."""
+    per_pair[name] = batch.lengths.new_zeros(len(batch.rows))  # where no gradient arrives
+
+    def hook(gradient):
+        of_token = at_least_fp32(gradient).square().sum(-1)
+        per_pair[name] = torch.stack([x.sum() for x in batch.split_by_pair(of_token)])
+
+    return hook
+
+
+def alignment_hook(per_pair: dict, towards_reference: Tensor, batch: Packed) -> Callable:
+    """Returns a gradient hook that stores how well the push on the latents is aligned.
+
+    The push is -gradient, (T, H); towards_reference is h_ref - h_theta, (T, H). Stored for each
+    pair: the sum over its tokens of the two vectors' cosine, and the number of its tokens.
+    """
+    of_chosen = batch.mask.sum(1)[: len(batch.rows)]  # prompt and chosen answer
+    per_pair["adv_tokens"] = of_chosen + batch.lengths[len(batch.rows) :]
+    per_pair["adv_align"] = torch.zeros_like(per_pair["adv_tokens"])
+
+    def hook(gradient):
+        cosines = F.cosine_similarity(
+            -at_least_fp32(gradient), at_least_fp32(towards_reference), dim=-1
+        )
+        per_pair["adv_align"] = torch.stack([x.sum() for x in batch.split_by_pair(cosines)])
+
+    return hook
+
+
+def step_metrics(parts: list, of_batch: dict[str, Tensor], args, step: int) -> dict[str, float]:
+    """Returns a step's metrics as numbers, equal on all ranks.
+
+    parts holds for each micro-batch of this rank the row numbers of its pairs and the values of
+    each pair, name to (b,). They are gathered from all ranks, and become exact means. of_batch
+    holds scalars that are those of the global batch already. Raises FloatingPointError, on all
+    ranks, if a value is not finite; the message names the metric and the rows of the data.
+    """
+    device = of_batch["grad_norm"].device
+    names = sorted(parts[0][1])  # one order on all ranks
+    columns = [torch.cat([of_pair[name].double() for _, of_pair in parts]) for name in names]
+    rows = [row for rows, _ in parts for row in rows]
+    columns.append(torch.tensor(rows, dtype=torch.float64, device=device))
+    mine = torch.stack(columns, dim=1).contiguous()
+    everywhere = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everywhere, mine)
+    scalars = torch.stack([x.double() for x in of_batch.values()])
+    # one transfer to the host: all pairs' values, then the scalars
+    flat = torch.cat([torch.cat(everywhere).flatten(), scalars]).tolist()
+    of_pairs = np.array(flat[: -len(scalars)]).reshape(-1, len(columns))
+    totals = dict(zip(names, of_pairs[:, :-1].sum(0).tolist(), strict=True))
+    m = dict(zip(of_batch, flat[-len(scalars) :], strict=True))
+    refuse_what_is_not_finite(totals | m, of_pairs, step)
+    adv, opo = totals.pop("adv_grad", None), totals.pop("opo_grad", None)
+    tokens_of_push = totals.pop("adv_tokens", None)
+    align, tokens = totals.pop("adv_align", None), totals.pop("tokens")
+    m |= {name: total / args.batch_size for name, total in totals.items()}
+    m |= {"tokens": tokens, "margin": m["reward_chosen"] - m["reward_rejected"]}
+    if adv is not None:
+        m["adv_align"] = align / tokens_of_push
+        if opo:
+            m["adv_to_opo_grad"] = math.sqrt(adv / opo)
+    return m
+
+
+def refuse_what_is_not_finite(m: dict[str, float], of_pairs: np.ndarray, step: int):
+    """Raises FloatingPointError if a metric is not finite.
+
+    of_pairs is (B, K + 1): each pair's K values and its row number. The rows that are named are
+    those with a value that is not finite; all rows of the step if no single pair is to blame.
+    """
+    for name, value in m.items():
+        if not math.isfinite(value):
+            bad = ~np.isfinite(of_pairs[:, :-1]).all(1)
+            rows = of_pairs[bad if bad.any() else slice(None), -1]
+            raise FloatingPointError(
+                f"step {step + 1}: {name} is {value}; the step was not taken; rows of the data"
+                f" (from 0): {', '.join(str(int(row)) for row in sorted(rows))}"
+            )
+
+
+def peak_gb(device: torch.device) -> float:
+    """Returns this rank's peak memory in GiB: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:  # preferred, because a benchmark can set this peak back
+        found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    except OSError:  # not on macOS
+        found = None
+    if found:
+        return int(found[1]) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+# ---------------------------------------------------------------------- csv files
+
 
 class Table:
-    """A csv file, one row per write; opened again after `step` finished steps, it keeps their rows
-    and goes on from there."""
+    """A csv file to which rows are added.
 
-    def __init__(self, path, columns, step=0):
+    Opened again after `step` finished steps, it keeps the rows of those steps and goes on after
+    them. Rank 0 writes; on the other ranks nothing happens.
+    """
+
+    def __init__(self, path: Path, columns: list[str], step: int = 0):
         self.file, self.steps = None, set()
         if dist.get_rank() == 0:
             rows = []
@@ -55,29 +168,33 @@ class Table:
             self.writer.writeheader()
             self.writer.writerows(rows)
             self.sync()
-            unfinished.rename(path)  # the old rows are never in no file
+            unfinished.rename(path)  # at no moment are the old rows in no file
 
     def write(self, row: dict):
+        """Adds a row; floats are written with nine digits."""
         if self.file:
             short = {k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()}
             self.writer.writerow(short)
             self.file.flush()
 
     def sync(self):
-        """On the disk before a state says that these steps are done."""
+        """Makes sure that the rows are on the disk, before a state says that their steps are done."""
         if self.file:
             self.file.flush()
             os.fsync(self.file.fileno())
 
 
 def read_table(path: Path) -> list[dict[str, float]]:
-    """metrics.csv, or another table of numbers, as rows without their empty places."""
+    """Returns the rows of metrics.csv, or of another table of numbers, without empty columns."""
     with Path(path).open() as file:
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
+# ---------------------------------------------------------------------- the terminal
+
+
 def log_line(m: dict, max_steps: int, seconds_left: float) -> str:
-    """One step in fixed width; '-' where a setting has no such value."""
+    """Returns one step's line, of fixed width; '-' stands where a setting has no such value."""
 
     def show(name, spec):
         return format(m[name], spec) if name in m else "-".rjust(len(format(0.0, spec)))
@@ -94,31 +211,54 @@ def log_line(m: dict, max_steps: int, seconds_left: float) -> str:
 
 
 def neutral_values(args) -> str:
-    """What critics that cannot tell policy from reference would print."""
+    """Returns what the log shows while the critics cannot tell policy from reference."""
     if args.lambda_adv == 0:
-        return "lambda_adv 0: plain " + args.loss
-    if args.disc == "mse":
-        return "neutral values: adv 0 (the squared distance, where policy = reference)"
-    return f"neutral values (critics that cannot tell apart): {GAMES[args.critic].neutral(args)}"
+        return f"--lambda_adv 0: plain {args.loss}, no critic"
+    if args.critic == "mse":
+        return "neutral value: adv 0, the squared distance where policy = reference"
+    if args.critic == "paired":
+        values = paired.neutral_values(args)
+    else:
+        terms = (2 if args.mean == "ema" else 4) * (-1 if args.adv_loss == "minimax" else 1)
+        values = f"adv {terms * LN2:+.4f}, D {4 * LN2:.4f}, D acc 0.50, d_ra 0, score_gap 0"
+    return f"neutral values (critics that cannot tell policy from reference): {values}"
+
+
+def compute_line(device: torch.device) -> str:
+    """Returns a line about the device, and on a CPU about threads and memory (cpu.py)."""
+    if device.type == "cuda":
+        return f"device: {torch.cuda.get_device_name(device)}"
+    threads = f"{torch.get_num_threads()} threads per process"
+    spin = "GOMP_SPINCOUNT " + os.environ.get("GOMP_SPINCOUNT", "not set")
+    return (
+        f"device: cpu, {threads} of {cpu.cores()} cores, {spin}"
+        f"{'' if cpu.SPIN_COUNT_IS_OURS else ' (your own setting)'}; freed memory is"
+        f" {'kept' if cpu.freed_memory_is_kept else 'given back'}"
+    )
 
 
 def print_header(
     run,
+    argv: list[str],
     tokenizer: PreTrainedTokenizerBase,
     data: PreferenceData,
     held_out: PreferenceData | None,
-    cut: Survey,
+    survey: Survey,
 ):
-    """What this run is: settings, how steps are cut, data, sizes, neutral values, and the first
-    pair as the model sees it."""
+    """Prints what this run is: settings, division into forwards, data, sizes, and the first pair."""
     args = run.args
     preset = parse_args([f"--preset={args.preset}"])
     own = [f"{k}={v}" for k, v in vars(args).items() if v != getattr(preset, k) and k != "out_dir"]
     print0(f"preset {' '.join([args.preset, *own])}; all settings: {args.out_dir}/config.json")
-    forwards = f"{cut.fewest}" if cut.fewest == cut.most else f"{cut.fewest} to {cut.most}"
+    if unused := unused_flags(args, argv):
+        reason = "--lambda_adv 0" if args.lambda_adv == 0 else f"--critic {args.critic}"
+        print0(f"not used with {reason}: {', '.join(unused)}")
+    forwards = f"{survey.fewest}"
+    if survey.fewest != survey.most:
+        forwards += f" to {survey.most}"
     ranks = f"{run.world} rank(s)"
     if run.world > 1:
-        ranks += f" (the busiest {cut.imbalance:.1%} above their mean)"
+        ranks += f" (the busiest {survey.imbalance:.1%} above their mean)"
     print0(
         f"{args.batch_size} pairs/step = {ranks} x {forwards} forward(s) of up to"
         f" {args.micro_batch_size} pairs, {args.micro_tokens:,} tokens; {len(data.triplets)} pairs"
@@ -126,35 +266,32 @@ def print_header(
         f" {len(data.triplets) % args.batch_size} left over;"
         f" {run.max_steps} steps"
     )
-    print0(f"attention: {run.policy.attention_kind}")
+    print0(f"{compute_line(run.device)}; attention: {run.policy.attention_kind}")
     print0(f"data: {data.summary()}; fingerprint {data.fingerprint}")
     if held_out:
         print0(f"held out: {held_out.summary()}")
-    numel = {
-        k: sum(p.numel() for p in m.parameters()) for k, m in vars(run).items() if is_module(m)
-    }
-    print0("parameters: " + ", ".join(f"{k} {n:,}" for k, n in numel.items()))
+    modules = {"policy": run.policy, "ref": run.ref, "critics": run.critics}
+    sizes = {k: sum(p.numel() for p in m.parameters()) for k, m in modules.items() if m is not None}
+    print0("parameters: " + ", ".join(f"{name} {n:,}" for name, n in sizes.items()))
     print0(neutral_values(args))
-    if args.critic == "paired" and not args.model.startswith("out/mini/"):
-        print0("--critic paired: its settings were found in the miniature, and nowhere else tried")
-    t = data.triplets[0]  # what is scored stands between the marks
+    t = data.triplets[0]
     for name, ids in (("chosen", t.chosen), ("rejected", t.rejected)):
         answer = tokenizer.decode(ids)
         if len(ids) > 50:
             answer = f"{tokenizer.decode(ids[:25])} [...] {tokenizer.decode(ids[-25:])}"
-        prompt, sizes = tokenizer.decode(t.prompt[-50:]), f"{len(t.prompt)} + {len(ids)} tokens"
-        prompt = "[...] " * (len(t.prompt) > 50) + prompt
-        print0(f"first pair, {name}: {prompt!r} >>>{answer!r}<<< ({sizes})")
+        prompt = "[...] " * (len(t.prompt) > 50) + tokenizer.decode(t.prompt[-50:])
+        tokens = f"{len(t.prompt)} + {len(ids)} tokens"
+        # what is scored stands between the marks
+        print0(f"first pair, {name}: {prompt!r} >>>{answer!r}<<< ({tokens})")
 
 
-def is_module(x):
-    return isinstance(x, torch.nn.Module)
+# ---------------------------------------------------------------------- config.json
 
-
-FREE = (  # what may change when a run is resumed: its result stays the same
-    "preset dataset split chat_template eval_split eval_every final_eval micro_batch_size"
-    " micro_tokens attention checkpointing save_every keep timeout stop_after epochs max_steps"
-    " out_dir resume versions device ranks held_out_fingerprint pairs dropped notes steps_per_epoch"
+# These may differ when a run is resumed, because its result stays the same.
+MAY_CHANGE_ON_RESUME = (
+    "preset dataset split chat_template eval_split eval_every micro_batch_size micro_tokens"
+    " attention checkpointing save_every keep timeout stop_after epochs max_steps out_dir resume"
+    " versions device ranks held_out_fingerprint pairs dropped notes steps_per_epoch"
 ).split()
 
 
@@ -165,8 +302,11 @@ def config_of(
     held_out: PreferenceData | None,
     max_steps: int,
 ) -> dict:
-    """All settings, versions, the data's fingerprint, and the numbers that follow from them, as
-    they come back from config.json."""
+    """Returns what config.json holds, as it will be read back.
+
+    That is all settings, versions, the fingerprint of the data, and the numbers that follow from
+    them.
+    """
     names = ("torch", "transformers", "datasets", "numpy")
     config = vars(args) | {
         "versions": {n: version(n) for n in names} | {"python": platform.python_version()},
@@ -184,7 +324,7 @@ def config_of(
 
 
 def read_config(out_dir: Path) -> dict | None:
-    """What a run wrote to its config.json; None if the folder holds none."""
+    """Returns what a run wrote to its config.json, or None if the folder holds no run."""
     try:
         config = json.loads((Path(out_dir) / "config.json").read_text())
     except (OSError, ValueError):
@@ -193,18 +333,26 @@ def read_config(out_dir: Path) -> dict | None:
 
 
 def check_same(old: dict, new: dict):
-    """InputError naming every setting by which a resumed run would not continue the old one."""
-    changed = [k for k in sorted({*old, *new} - {*FREE}) if old.get(k) != new.get(k)]
+    """Raises InputError that names every setting by which a resumed run would not continue the old
+    one."""
+    names = sorted({*old, *new} - {*MAY_CHANGE_ON_RESUME})
+    changed = [k for k in names if old.get(k) != new.get(k)]
     if changed:
         why = {"total_steps": " (on which the learning rate of every step depends)"}
         was = [f"{k} was {old.get(k)}, is now {new.get(k)}{why.get(k, '')}" for k in changed]
         raise InputError(f"--resume: {'; '.join(was)}")
 
 
+# ---------------------------------------------------------------------- the miniature's final table
+
+
 def compare(temperature: float, reference: list, policy: list) -> list[dict]:
-    """Verdicts of two models on the same prompts -> final.csv's rows: both models and policy minus
-    reference, with standard errors, the difference's of the paired values. Strict accuracy in
-    percent."""
+    """Returns three rows of final.csv: reference, policy, and policy minus reference.
+
+    reference and policy are the judge's verdicts (miniature.world.Verdict) on the same prompts.
+    Strict accuracy is in percent. Errors are standard errors of the mean; those of the difference
+    are of the paired values.
+    """
     scores = {
         name: np.array([[100 * v.strict, v.gold] for v in verdicts])
         for name, verdicts in (("reference", reference), ("policy", policy))
@@ -219,6 +367,7 @@ def compare(temperature: float, reference: list, policy: list) -> list[dict]:
 
 
 def final_lines(rows: list[dict]) -> str:
+    """Returns the rows of final.csv as a table for the terminal."""
     lines = [
         f"{rows[0]['n']} held-out prompts, exact judge; +- standard error of paired differences",
         "                strict accuracy, %                        gold score",
@@ -232,12 +381,3 @@ def final_lines(rows: list[dict]) -> str:
             f" {strict}   {ref['mean_score']:12.3f} {policy['mean_score']:7.3f} {gold}"
         )
     return "\n".join(lines)
-
-
-def peak_gb(device: torch.device) -> float:
-    """This rank's peak in GiB: allocated on a GPU, resident on a CPU (Linux counts it)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    # some sandboxes lack that line; it is preferred as bench.py can set it back
-    return (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**20

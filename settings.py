@@ -1,30 +1,44 @@
-"""train_ganpo.py's flags, presets, and what follows from them before anything is loaded.
+"""train_ganpo.py's flags, its presets, and what follows from them before anything is loaded.
 
-A flag's help names its default and where that comes from: the paper's App. B, Fig 10, Eq or Alg. 1,
-the authors of SimPO, or us.
+The help of a flag names its default and where that comes from: the paper's App. B, Fig 10, Eq or
+Alg. 1, the authors of SimPO, or us.
 """
 
+from collections.abc import Callable
+from pathlib import Path
+
+import paired  # noqa: F401  it registers its critic, so that --critic knows it
 from attention import LAYOUTS
 from data import InputError
 from discriminator import DISCRIMINATORS
-from flags import DTYPES, Parser, at_least_0, count, fraction, natural, number, positive
-from game import GAMES
+from distributed import from_rank_0, print0
+from flags import (
+    DTYPES,
+    Parser,
+    at_least_0,
+    count,
+    fraction,
+    given_flags,
+    natural,
+    number,
+    positive,
+    world_folder,
+)
 from losses import OPO_LOSSES
 
 # fmt: off
-PAPER = dict(  # App. B and Fig 10 [choice 15]; beta of SimPO by its authors
+PAPER = dict(  # App. B and Fig 10 [choice 15]; SimPO's beta by its authors
     lambda_adv=1.0, disc_lr_ratio=0.5, simpo_beta=10.0, disc_hidden=512, disc_dropout=0.1,
     batch_size=128, max_length=2048, dtype="bfloat16", eval_split="test", eval_every=50,
-    save_every=50, final_eval=0,
+    save_every=50,
 )
 PAIRED = dict(lambda_adv=10.0, disc_hidden=64, disc_lr=3e-3)  # found in the miniature
-PRESETS = {  # what --preset sets; every flag still overrides it
+PRESETS = {  # what --preset sets; every flag overrides it
     "mini": dict(
         model="out/mini/seed{seed}/model", dataset="out/mini/seed{seed}/train.jsonl", lr=1e-4,
         lambda_adv=0.1, disc_lr_ratio=10.0, simpo_beta=2.0, gamma_beta_ratio=0.5, disc_layers=2,
         disc_hidden=32, disc_dropout=0.0, batch_size=32, max_length=256, dtype="float32",
         eval_split="out/mini/seed{seed}/test.jsonl", eval_every=32, save_every=0,
-        final_eval=1000,
     ),
     "gemma-2-2b-it": PAPER | dict(
         model="google/gemma-2-2b-it", dataset="trl-lib/ultrafeedback_binarized", lr=5e-7,
@@ -38,7 +52,8 @@ PRESETS = {  # what --preset sets; every flag still overrides it
 PRESETS["mini-paired"] = PRESETS["mini"] | dict(critic="paired")
 
 
-def flags():
+def flags() -> Parser:
+    """Returns the parser of all flags; defaults that depend on the preset are set in parse_args."""
     about = "GANPO: preference optimisation with a latent adversarial regulariser"
     parser = Parser("train_ganpo.py", about, "torchrun train_ganpo.py [--flag value ...]")
     add = parser.add_argument_group("what to train").add_argument
@@ -55,27 +70,22 @@ def flags():
     add("--beta", type=positive, help="[0.1, App. B; simpo 10, its authors, mini 2]")
     add("--gamma_beta_ratio", type=at_least_0, help="SimPO gamma / beta [0.3 or 0.5, its authors]")
     add = parser.add_argument_group("adversarial regulariser").add_argument
-    critics = [name for name in DISCRIMINATORS if name != "paired"] + ["mse"]
     add("--lambda_adv", type=at_least_0, help="0: plain --loss [1, App. B; mini 0.1; paired 10]")
+    add("--critic", choices=[*DISCRIMINATORS, "mse"], help="[transformer, Fig 10]")
     add("--adv_loss", choices=["minimax", "nonsaturating"], default="minimax", help="[Eq 18]")
     add("--mean", choices=["ema", "batch"], default="ema", help="means of the scores [ema, Alg. 1]")
     add("--ema_decay", type=number(float, 0, 0.999999), default=0.9, help="alpha [0.9, App. B]")
-    add("--disc", choices=critics, default="transformer", help="[Fig 10]")
     add("--disc_layers", type=count, help="[2, llama preset 4, App. B]")
     add("--disc_hidden", type=count, help="[512, Fig 10; mini 32, paired 64, ours]")
     add("--disc_dropout", type=number(float, 0, 0.99), help="[0.1, Fig 10; mini 0, ours]")
     add("--disc_lr", type=at_least_0, help="[lr / 2, App. B; mini 10 lr, paired 3e-3, ours]")
-    add("--disc_padding", action="store_true", help="let it pool padding, as the published code")
-    add("--disc_every", type=count, default=1, help="steps per discriminator update [1, Alg. 1]")
-    add = parser.add_argument_group("the paired critic, beyond the paper").add_argument
-    add("--critic", choices=GAMES, help="the game it plays with the policy [paper, Eq 18-20]")
-    add("--critic_input", choices=["h", "diff"], default="diff", help="h or h - h_ref [diff, ours]")
-    add("--disc_steps", type=count, help="updates per step of the policy [1, for h 5, ours]")
-    add("--r1", type=at_least_0, default=10.0, help="weight of its slopes' penalty [10, ours]")
+    add("--disc_every", type=count, default=1, help="steps per critics' update [1, Alg. 1]")
+    add("--critic_input", choices=["h", "diff"], default="diff",
+        help="paired critic: h or h - h_ref [diff, ours]")
+    add("--disc_steps", type=count, help="paired critic: updates per step [1, for h 5, ours]")
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=at_least_0, help="peak [5e-7 Gemma, 1e-6 Llama, App. B; mini 1e-4, ours]")
     add("--warmup", type=fraction, default=0.1, help="share of steps, then cosine [0.1, App. B]")
-    add("--weight_decay", type=at_least_0, default=0.0, help="of the policy [0, ours]")
     add("--grad_clip", type=positive, default=1.0, help="norm of the policy's gradient [1, ours]")
     add("--batch_size", type=count, help="pairs per step over all ranks [128, App. B; mini 32]")
     add("--micro_batch_size", type=count, default=8, help="pairs per forward and rank [8, ours]")
@@ -90,8 +100,7 @@ def flags():
     add = parser.add_argument_group("running").add_argument
     add("--save_every", type=natural, help="steps between states, 0: at the end [50; mini 0]")
     add("--keep", type=count, default=2, help="newest states that stay [2]")
-    add("--eval_every", type=natural, help="steps between evaluations, and the end [50; mini 32]")
-    add("--final_eval", type=natural, help="prompts of mini's final table [mini 1000]")
+    add("--eval_every", type=natural, help="steps between evaluations; 0: none [50; mini 32]")
     add("--seed", type=natural, default=0, help="[0]")
     add("--out_dir", help="[the next free out/run-NNN]")
     add("--resume", action="store_true", help="continue from the newest state of --out_dir")
@@ -99,47 +108,82 @@ def flags():
     return parser
 # fmt: on
 
-NO_USE = {  # what the other game's critics have, and this one's do not
-    "paper": "critic_input disc_steps r1".split(),
-    "paired": "disc disc_layers disc_dropout disc_padding mean ema_decay adv_loss".split(),
-}
+
+ONLY_PAIRED = "critic_input disc_steps".split()
+ONLY_PAPER = "disc_layers disc_dropout mean ema_decay adv_loss".split()
+OF_CRITICS = [*ONLY_PAPER, *ONLY_PAIRED, *"disc_hidden disc_lr disc_every".split()]
 
 
-def parse_args(argv):
-    """-> all settings; what neither flag nor preset says follows from others. InputError for what
-    contradicts itself."""
-    parser = flags()
+def parse_args(argv: list[str]):
+    """Returns all settings; what neither a flag nor the preset says follows from other settings.
+
+    Raises InputError for a flag that is wrong, that contradicts another one, or that the chosen
+    loss or critic has no use for.
+    """
+    parser, given = flags(), given_flags(argv)
     first = parser.parse_known_args(argv)[0]
     preset, mini = (
         {k: v.format(seed=first.seed) if isinstance(v, str) else v for k, v in PRESETS[p].items()}
         for p in (first.preset, "mini")
     )
-    preset["critic"] = first.critic or preset.get("critic", "paper")
+    preset["critic"] = first.critic or preset.get("critic", "transformer")
     if preset["critic"] == "paired":
         preset |= PAIRED
-    derived = ("simpo_beta", "disc_lr_ratio", "eval_split", "eval_every", "final_eval")
+    derived = ("simpo_beta", "disc_lr_ratio", "eval_split", "eval_every")
     parser.set_defaults(**{k: v for k, v in preset.items() if k not in derived})
     args = parser.parse_args(argv)
-    for name in NO_USE.get(args.critic, []):
-        if any(word.split("=")[0] == f"--{name}" for word in argv):
+    for name in ONLY_PAPER if args.critic == "paired" else ONLY_PAIRED:
+        if name in given:
             raise InputError(f"--critic {args.critic} has no use for --{name}")
+    if "gamma_beta_ratio" in given and "gamma_beta_ratio" not in OPO_LOSSES[args.loss].defaults:
+        raise InputError(f"--loss {args.loss} has no use for --gamma_beta_ratio")
     if args.disc_steps is None:
         args.disc_steps = 5 if args.critic == "paired" and args.critic_input == "h" else 1
     args.ref_model = args.ref_model or args.model
     if args.beta is None:
-        args.beta = preset["simpo_beta"] if args.loss == "simpo" else 0.1
+        own = OPO_LOSSES[args.loss].defaults.get("beta", 0.1)  # without one, for the log's rewards
+        args.beta = preset["simpo_beta"] if args.loss == "simpo" else own
     if args.disc_lr is None:
         args.disc_lr = preset["disc_lr_ratio"] * args.lr
     if args.eval_split is None and args.dataset == preset["dataset"]:
         args.eval_split = preset["eval_split"]
     if args.eval_every is None:
         args.eval_every = preset["eval_every"] if args.eval_split else 0
-    if args.final_eval is None:
-        args.final_eval = preset["final_eval"] if args.dataset == preset["dataset"] else 0
     if args.eval_every and not args.eval_split:
         raise InputError("--eval_every needs held-out pairs: pass --eval_split")
-    if args.final_eval and args.dataset != mini["dataset"]:
-        raise InputError("--final_eval is for the miniature's data only: it has an exact judge")
     if args.resume and not args.out_dir:
         raise InputError("--resume needs --out_dir")
     return args
+
+
+def unused_flags(args, argv: list[str]) -> list[str]:
+    """Returns the given flags of critics that a run without a trained critic does not use.
+
+    They are named and not refused, so that one command line serves GANPO and its baselines.
+    """
+    if args.lambda_adv > 0 and args.critic != "mse":
+        return []
+    return [f"--{name}" for name in OF_CRITICS if name in given_flags(argv)]
+
+
+def needs_reference(args) -> bool:
+    """Returns whether the reference is needed, for its log-probabilities or for its latents."""
+    return OPO_LOSSES[args.loss].needs_ref or args.lambda_adv > 0
+
+
+def is_miniature(path: str | None, seed: int) -> bool:
+    """Returns whether a path lies in the miniature's world of that seed."""
+    return path is not None and Path(path).parent == world_folder(seed)
+
+
+def build_miniature(args, check: Callable):
+    """Builds the miniature's world of --seed, if a path of args lies in it and it is not there yet.
+
+    All ranks call it, rank 0 builds. Building takes more than a minute, so check(args) is called
+    before, with paths to an untrained stand-in of the same shape: what cannot be used is refused at
+    once. check must not communicate between ranks.
+    """
+    if any(is_miniature(x, args.seed) for x in vars(args).values() if isinstance(x, str)):
+        from miniature import world  # imported only where it is used
+
+        from_rank_0(lambda: world.build_after(check, args, print0), "")

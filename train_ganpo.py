@@ -1,21 +1,28 @@
-"""GANPO (arXiv 2601.22083): preference optimisation with a latent adversarial regulariser,
-Algorithm 1.
+"""GANPO: preference optimisation with a latent adversarial regulariser (arXiv 2601.22083).
 
-    torchrun train_ganpo.py               # or python: the miniature, built at first use
+    torchrun train_ganpo.py               # or python: the miniature, built at its first use
     python train_ganpo.py --model DIR --dataset pairs.jsonl
     torchrun --nproc_per_node 2 train_ganpo.py --preset gemma-2-2b-it --checkpointing    # App. B
 
-Writes config.json, metrics.csv, eval.csv, final.csv, discriminators.pt, state/, hf/ to --out_dir.
-The flags are in settings.py, Algorithm 1 is train_step, the loop around it is train.
-Shapes: B pairs, T tokens of a packed row, L of a sequence, H hidden; b pairs in one micro-batch or
-on one rank.
+Algorithm 1 is the first section below and reads downwards. The flags are in settings.py. A run
+writes config.json, metrics.csv, eval.csv, final.csv, discriminators.pt, state/ and hf/ to --out_dir.
+
+Latents are hidden states of a model's last layer, after the final norm. A critic is one of the two
+discriminators. Shapes, in all files:
+
+    B   pairs of a step on all ranks        H   hidden size of the model
+    b   pairs of a micro-batch or rank      D   width of a discriminator
+    N   texts: 2b, chosen ones first        V   vocabulary
+    T   tokens of a packed row              R   response tokens of a packed row
+    L   tokens of the longest text
 """
+
+import cpu  # noqa: F401  must come before torch
 
 import math
 import shlex
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -25,14 +32,15 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, PretrainedConfig
 
 import attention
 import distributed
-import estimate
-import miniature
+import paired
 import report
 from checkpoint import (
+    check_out_dir,
     check_space,
     claim_out_dir,
     export_policy,
@@ -43,48 +51,262 @@ from checkpoint import (
     save_discriminators,
     save_state,
 )
-from data import (
-    InputError,
-    Packed,
-    PreferenceData,
-    Triplet,
-    batch_indices,
-    load_held_out,
-    load_pairs,
-    pack,
-    plan_forwards,
-)
-from distributed import print0
+from data import InputError, PreferenceData, Triplet, load_held_out, load_pairs
+from discriminator import autocast_of, build_critics, critic_settings, step_critics
+from distributed import all_ranks, print0
 from flags import DTYPES, refuse
-from game import GAMES, autocast, build_critics, critic_settings, quad_scores
 from generate import quiet
 from losses import (
     LN2,
     OPO_LOSSES,
     LogProbs,
+    discriminator_loss,
+    generator_loss,
     latent_mse,
-    needs_reference,
+    logged_rewards,
     relativistic_bce,
-    rewards,
     share_above_0,
+    with_settings,
 )
-from metrics import (
-    add_alignment,
-    add_squares,
-    reduce_metrics,
-    refuse_what_is_not_finite,
-    sum_pairs,
+from packing import Packed, Survey, batch_indices, pack, plan_forwards, survey, tokens_in
+from policy import (
+    at_least_fp32,
+    least_memory,
+    load_lm,
+    memory_line,
+    read_model_config,
+    read_tokenizer,
+    refuse_what_cannot_fit,
 )
-from policy import at_least_fp32, load_lm, read_model_config, read_tokenizer
-from settings import parse_args
+from settings import build_miniature, is_miniature, needs_reference, parse_args
 
-FINAL_TEMPERATURES = 0.0, 0.7, 1.0
+FINAL_PROMPTS, FINAL_TEMPERATURES = 1000, (0.0, 0.7, 1.0)  # of the miniature's final table
 
-# ---------------------------------------------------------------------- set-up
+# ---------------------------------------------------------------------- Algorithm 1, one step
+
+
+def train_step(run, batches: Iterable[Packed], step: int) -> dict[str, float]:
+    """One step of Algorithm 1; returns the metrics of the global batch.
+
+    batches are this rank's micro-batches of the step. step counts from 0. Everything that depends
+    on the whole batch (means of scores, adversarial losses) is computed from the scores of all
+    ranks and micro-batches. The rest are means over pairs. So the result does not depend on how the
+    batch is divided [choice 5]. With critics the graphs of all micro-batches are kept until the
+    critics have been updated; without them each micro-batch goes backward at once.
+    """
+    args = run.args
+    factor = schedule(step, run.max_steps, args.warmup)
+    set_lr(run.optimizer, args.lr * factor)
+    if run.critics:
+        set_lr(run.critic_optimizer, args.disc_lr * factor)
+        run.critics.requires_grad_(True).train()
+
+    # lines 5-10: the batch, latents and log-probabilities of policy and reference
+    kept, of_pairs, of_batch = [], [], {}
+    for batch in batches:
+        out = forward_pairs(run, batch)
+        of_pairs.append((batch.rows, out.per_pair))
+        if run.critics:
+            kept.append(out)
+        else:
+            backward(run, out.losses.sum() / args.batch_size, out.distances.sum() / args.batch_size)
+
+    if run.critics:
+        update, adversarial = update_discriminators, adversarial_loss
+        if args.critic == "paired":  # beyond the paper
+            update, adversarial = paired.update_discriminators, paired.adversarial_loss
+        # lines 11-19: scores, running means, one update of the discriminators
+        of_batch |= update(run, kept, step)
+        # lines 20-23: the policy's loss, by the updated and now frozen discriminators [choice 6]
+        run.critics.requires_grad_(False).eval()
+        loss_opo = sum(out.losses.sum() for out in kept) / args.batch_size
+        loss_adv = adversarial(run, kept)
+        of_batch["loss_adv"] = loss_adv.detach()
+        backward(run, loss_opo, loss_adv)
+
+    # line 24: the policy's update
+    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), args.grad_clip)
+    of_batch["grad_norm"] = norm.full_tensor()
+    metrics = report.step_metrics(of_pairs, of_batch, args, step)  # raises if one is not finite
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    metrics["lr"] = args.lr * factor
+    if run.critics:
+        metrics["disc_lr"] = args.disc_lr * factor
+    return metrics
+
+
+def two_models(run, batch: Packed, head_hook: Callable | None = None):
+    """Lines 7-10: runs policy and reference on a micro-batch.
+
+    Returns LogProbs and the latents of both, (T, H) each; the reference's are None where there is
+    none. head_hook is called with the gradient that the log-probabilities send to the latents.
+    """
+    h_ref, ref_logp = None, (None, None)
+    if run.ref:
+        with torch.no_grad():
+            ref = run.ref(batch, head=OPO_LOSSES[run.args.loss].needs_ref)
+        h_ref, ref_logp = ref.h[0], (None, None) if ref.logp is None else ref.logp.chunk(2)
+    out = run.policy(batch, head_hook=head_hook)
+    return LogProbs(*out.logp.chunk(2), *ref_logp, *batch.lengths.chunk(2)), out.h[0], h_ref
+
+
+def forward_pairs(run, batch: Packed) -> SimpleNamespace:
+    """Lines 7-10 on one micro-batch; returns what the rest of the step needs of it, with graphs.
+
+    losses     (b,) the preference loss of each pair
+    h, h_ref   (N, L, H) latents of policy (with graph) and reference, and mask (N, L)
+    distances  (b,) with --critic mse the fixed distance of Table 3; otherwise 0
+    per_pair   name to (b,), without graphs: what becomes metrics of the step
+
+    Without a reference there are no latents. Raises InputError if --loss does not give one value
+    per pair.
+    """
+    args, adversarial, per_pair = run.args, run.args.lambda_adv > 0, {}
+    head_hook = report.squares_hook(per_pair, "opo_grad", batch) if adversarial else None
+    lp, h, h_ref = two_models(run, batch, head_hook)
+    out = SimpleNamespace(losses=run.opo_loss(lp), per_pair=per_pair)
+    if out.losses.shape != lp.logp_chosen.shape:  # a mean, say, would be divided by B once more
+        shape = [*out.losses.shape]
+        raise InputError(f"--loss {args.loss}: shape {shape}, not one value per pair")
+    chosen, rejected = (x.detach() for x in logged_rewards(lp, *run.of_rewards))
+    per_pair |= {
+        "loss_opo": out.losses.detach(),
+        "reward_chosen": chosen,
+        "reward_rejected": rejected,
+        "pref_acc": share_above_0(chosen - rejected),
+        "tokens": sum(batch.mask.sum(1).chunk(2)),
+    }
+    out.distances = torch.zeros_like(per_pair["loss_opo"])
+    if adversarial:
+        h.register_hook(report.squares_hook(per_pair, "adv_grad", batch))
+        h.register_hook(report.alignment_hook(per_pair, h_ref - h.detach(), batch))
+    if run.ref:
+        out.h, out.h_ref, out.mask = h[batch.gather], h_ref[batch.gather], batch.mask
+        fixed = adversarial and args.critic == "mse"
+        with torch.set_grad_enabled(fixed):
+            of_texts = latent_mse(at_least_fp32(out.h), at_least_fp32(out.h_ref), out.mask)
+            distances = sum((of_texts / 2).chunk(2))
+        per_pair["latent_mse"] = distances.detach()
+        if fixed:
+            out.distances, per_pair["loss_adv"] = distances, distances.detach()
+    return out
+
+
+def own_scores(run, h: Tensor, mask: Tensor) -> Tensor:
+    """Returns scores (2, b): disc_pos's of chosen answers and disc_neg's of rejected ones.
+
+    h is (N, L, H), mask (N, L). With --checkpointing the critics keep only their inputs, too.
+    """
+    pos, neg = mask.chunk(2)
+    inputs = ("disc_pos", h[: len(pos)], pos), ("disc_neg", h[len(pos) :], neg)
+    with run.autocast():
+        if run.args.checkpointing and torch.is_grad_enabled():
+            scores = [checkpoint(run.critics[k], *x, use_reentrant=False) for k, *x in inputs]
+        else:
+            scores = [run.critics[k](*x) for k, *x in inputs]
+    return torch.stack(scores)
+
+
+def quad_scores(run, h_ref: Tensor, h_theta: Tensor, mask: Tensor) -> Tensor:
+    """Line 12: returns, for each critic, s_ref, s_theta and s_other, (2, 3, b).
+
+    Latents are (N, L, H). s_other are the scores of the reference's latents of the opposite sign:
+    disc_pos scores those of rejected answers.
+    """
+    b = len(mask) // 2
+    h_other, other_mask = h_ref.roll(b, 0), mask.roll(b, 0)
+    # three forwards of one shape, so that equal latents get equal scores to the last bit
+    inputs = (h_ref, mask), (h_theta, mask), (h_other, other_mask)
+    return torch.stack([own_scores(run, h, m) for h, m in inputs], dim=1)
+
+
+def update_discriminators(run, kept: list, step: int) -> dict[str, Tensor]:
+    """Lines 11-19: scores, running means, Eq 19 and 20, and one update of both discriminators.
+
+    kept holds what forward_pairs returned for each micro-batch. The latents are detached, so no
+    gradient reaches the policy. The losses are those of the global batch. Returns metrics of the
+    global batch; adds those of each pair to out.per_pair.
+    """
+    args, metrics, losses = run.args, {"d_ra": 4 * LN2}, 0  # the constant of Eq 13 [choice 13]
+    scores = []
+    for out in kept:
+        scores.append(quad_scores(run, out.h_ref, out.h.detach(), out.mask))
+        for name, (s_ref, s_theta, _) in zip(("pos", "neg"), scores[-1].detach(), strict=True):
+            out.per_pair[f"score_gap_{name}"] = s_ref - s_theta
+            out.per_pair[f"disc_acc_{name}"] = share_above_0(s_ref - s_theta)
+    scores = all_ranks(torch.cat(scores, dim=-1))  # (2, 3, B); this rank's part has its graph
+    for (name, critic), s in zip(run.critics.items(), scores, strict=True):
+        critic.update_means(*s.detach())  # lines 13-15
+        mu = critic.means() if args.mean == "ema" else s.mean(-1)  # batch means carry gradient
+        loss = discriminator_loss(*s, *mu)  # lines 16-17
+        losses = losses + loss
+        s_ref, s_theta, _ = s.detach()
+        metrics[f"loss_{name}"] = loss.detach()
+        metrics["d_ra"] = metrics["d_ra"] - relativistic_bce(s_ref, s_theta, *mu.detach()[:2])
+    if step % args.disc_every == 0:  # lines 18-19 [choice 4]
+        run.critic_optimizer.zero_grad()
+        losses.backward()
+        metrics["disc_grad_norm"] = step_critics(run)
+    return metrics
+
+
+def adversarial_loss(run, kept: list) -> Tensor:
+    """Line 22, Eq 18: returns L_adv of the global batch, by the updated and frozen discriminators.
+
+    Its gradient reaches the policy's latents of this rank's pairs.
+    """
+    args, loss = run.args, 0
+    s_theta = all_ranks(torch.cat([own_scores(run, out.h, out.mask) for out in kept], dim=-1))
+    if args.mean == "batch":
+        s_ref = all_ranks(torch.cat([own_scores(run, o.h_ref, o.mask) for o in kept], dim=-1))
+    for j, critic in enumerate(run.critics.values()):
+        if args.mean == "ema":
+            loss = loss + generator_loss(s_theta[j], critic.means()[0], args.adv_loss)
+        else:
+            mu_ref, mu_theta = s_ref[j].mean(), s_theta[j].mean()
+            loss = loss + generator_loss(s_theta[j], mu_ref, args.adv_loss, s_ref[j], mu_theta)
+    return loss
+
+
+def backward(run, loss_opo: Tensor, loss_adv: Tensor):
+    """Line 23: adds the gradient of L_OPO + lambda L_adv to the policy's weights.
+
+    Both arguments hold this rank's part of the gradient. FSDP2 averages gradients over ranks where
+    the parts have to be summed, so the loss is multiplied by the number of ranks.
+    """
+    lambda_adv = run.args.lambda_adv
+    loss = loss_opo + lambda_adv * loss_adv if lambda_adv > 0 else loss_opo
+    (run.world * loss).backward()
+
+
+def schedule(step: int, max_steps: int, warmup: float) -> float:
+    """Returns a step's learning rate as a share of its peak, App. B.
+
+    (step + 1) / W for step < W = ceil(warmup * max_steps), then a cosine to 0.
+    """
+    warmup_steps = math.ceil(warmup * max_steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup_steps) / (max_steps - warmup_steps))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float):
+    """Sets the learning rate of all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+# ---------------------------------------------------------------------- before the first step
 
 
 def check_input(args, device: torch.device):
-    """All that can be refused before a weight is read -> tokenizer, config, data, held-out data."""
+    """Checks everything that can be refused before a weight is read.
+
+    Returns tokenizer, config, data and held-out data (None without --eval_every). Raises InputError.
+    Nothing here communicates between ranks.
+    """
+    check_out_dir(args)
     if (
         args.dtype == "bfloat16"
         and torch.cuda.is_available()
@@ -111,13 +333,45 @@ def check_input(args, device: torch.device):
     return tokenizer, config, data, held_out
 
 
+def plan(args, data: PreferenceData, device: torch.device) -> Survey:
+    """Returns how an epoch's steps are divided into forwards; prints the least memory.
+
+    Raises InputError if that memory is not there.
+    """
+    epoch = (pairs_of(data, step, args) for step in range(data.steps(args.batch_size)))
+    plans = survey(epoch, args, dist.get_world_size())
+    trained_critic = args.lambda_adv > 0 and args.critic != "mse"
+    alive = plans.heaviest if trained_critic else [plans.longest]  # whose graphs are kept at once
+    needed = least_memory(
+        args.model,
+        args.ref_model if needs_reference(args) else None,
+        DTYPES[args.dtype],
+        args.checkpointing,
+        kept_tokens=sum(map(tokens_in, alive)),
+        shards=distributed.sharing_ranks(),
+    )
+    print0(memory_line(needed))
+    refuse_what_cannot_fit(needed, distributed.available_memory(device))
+    return plans
+
+
 def build(args, config: PretrainedConfig, device: torch.device) -> SimpleNamespace:
-    """Models, critics and optimisers, only those that the settings need -> `run`, which the rest
-    takes: args, device, rank, world; policy and ref (policy.PackedLM, sharded; ref may be None),
-    critics (ModuleDict of disc_pos and disc_neg, or None), their optimizer and critic_optimizer,
-    autocast() for the critics. train adds players, signals and max_steps."""
+    """Builds models, critics and optimisers, only those that the settings need.
+
+    Returns `run`, which the functions of this file share:
+
+    args, device, rank, world, max_steps and signals (set in train)
+    policy, ref         policy.PackedLM, sharded; ref may be None
+    critics             ModuleDict of disc_pos and disc_neg, or None
+    optimizer, critic_optimizer, and trained, which holds all that a state saves
+    opo_loss            the preference loss as a function of LogProbs
+    of_rewards          the arguments of losses.logged_rewards
+    autocast            opens the autocast of the critics
+    """
     dtype, run = DTYPES[args.dtype], SimpleNamespace(args=args, device=device)
     run.rank, run.world = dist.get_rank(), dist.get_world_size()
+    run.opo_loss = with_settings(args.loss, vars(args))
+    run.of_rewards = OPO_LOSSES[args.loss].needs_ref, args.beta
     mesh = distributed.make_mesh(device)
     master = torch.promote_types(dtype, torch.float32)  # bf16 would round updates of 5e-7 away
 
@@ -129,12 +383,12 @@ def build(args, config: PretrainedConfig, device: torch.device) -> SimpleNamespa
     run.policy = load(args.model, master, args.checkpointing)
     assert {p.dtype for p in run.policy.parameters()} == {master}
     run.optimizer = torch.optim.AdamW(
-        run.policy.parameters(), args.lr, (0.9, 0.999), weight_decay=args.weight_decay, fused=True
+        run.policy.parameters(), args.lr, (0.9, 0.999), weight_decay=0.0, fused=True
     )
     run.ref = run.critic_optimizer = None
     if needs_reference(args):
         run.ref = load(args.ref_model, dtype).requires_grad_(False)
-    run.critics = build_critics(args, config)
+    run.critics = build_critics(args, config.hidden_size)
     if run.critics:
         run.critics.to(device, master)
         distributed.assert_equal_on_ranks(run.critics)
@@ -142,146 +396,32 @@ def build(args, config: PretrainedConfig, device: torch.device) -> SimpleNamespa
         run.critic_optimizer = torch.optim.AdamW(  # [choice 10]
             run.critics.parameters(), args.disc_lr, betas, weight_decay=0.01, fused=True
         )
-    run.autocast = autocast(device, dtype, device)
+    run.trained = distributed.Trained(run.policy, run.optimizer, run.critics, run.critic_optimizer)
+    run.autocast = autocast_of(device, dtype)
     return run
-
-
-def schedule(step: int, max_steps: int, warmup: float) -> float:
-    """App. B's rate as a share of its peak: (t + 1) / W for t < W = ceil(warmup T), then cosine to
-    0."""
-    warmup_steps = math.ceil(warmup * max_steps)
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup_steps) / (max_steps - warmup_steps))
-
-
-# ---------------------------------------------------------------------- Algorithm 1
-
-
-def two_models(run, batch: Packed, head_probe: Callable | None = None):
-    """Lines 7-10: a micro-batch through policy and reference -> LogProbs and both latents, (T, H)
-    each; the reference's are None where there is none."""
-    h_ref, ref_logp = None, (None, None)
-    if run.ref:
-        with torch.no_grad():
-            ref = run.ref(batch, head=OPO_LOSSES[run.args.loss].needs_ref)
-        h_ref, ref_logp = ref.h[0], (None, None) if ref.logp is None else ref.logp.chunk(2)
-    out = run.policy(batch, head_probe=head_probe)
-    return LogProbs(*out.logp.chunk(2), *ref_logp, *batch.lengths.chunk(2)), out.h[0], h_ref
-
-
-def forward_pairs(run, batch: Packed, sums: dict) -> SimpleNamespace:
-    """Lines 7-12 on one micro-batch -> what the step needs of it, with graphs: losses (b,); latents
-    h and h_ref (2b, L, H) with their mask; mse (2b,) for --disc mse; scores of detached latents (2,
-    3, b); and watched, without graphs, what should be finite of each pair. Adds to the sums over
-    pairs that become metrics. InputError if --loss does not give one value per pair."""
-    args, adversarial, out = run.args, run.args.lambda_adv > 0, SimpleNamespace()
-    probe = add_squares(sums, "opo_grad") if adversarial else None
-    lp, h, h_ref = two_models(run, batch, probe)
-    out.losses = OPO_LOSSES[args.loss](lp, args)
-    if out.losses.shape != lp.logp_chosen.shape:  # a mean, say, would be divided by B again
-        raise InputError(f"--loss {args.loss}: shape {[*out.losses.shape]}, not one value per pair")
-    out.watched = [out.losses.detach()]
-    sum_pairs(sums, lp, out.losses, batch, args)
-    if adversarial:
-        # in `out`, though a hook alone reads it: estimate.py counts what `out` and autograd keep
-        out.way = h_ref - h.detach()
-        h.register_hook(add_squares(sums, "adv_grad"))
-        h.register_hook(add_alignment(sums, out.way))
-    if run.ref:
-        out.h, h_ref, out.mask = h[batch.gather], h_ref[batch.gather], batch.mask
-        with torch.set_grad_enabled(adversarial and args.disc == "mse"):
-            out.mse = latent_mse(at_least_fp32(out.h), at_least_fp32(h_ref), batch.mask) / 2
-        sums["latent_mse"] += out.mse.detach().sum()
-    if run.critics:
-        if args.disc_padding:
-            out.mask = torch.ones_like(batch.mask)
-        if GAMES[args.critic].needs_scores:
-            out.scores = quad_scores(run, h_ref, out.h.detach(), out.mask)
-            out.watched.append(out.scores.detach())
-        out.h_ref = h_ref if not GAMES[args.critic].needs_scores or args.mean == "batch" else None
-    return out
-
-
-def train_step(run, batches: Iterable[Packed], step: int) -> dict[str, float]:
-    """One step of Algorithm 1 on this rank's micro-batches -> metrics of the global batch, floats.
-
-    What depends on the whole batch (means, both adversarial losses) is computed from the scores of
-    all ranks and micro-batches, and what does not is a mean over pairs, so the result does not
-    depend on how the batch is cut [choice 5].
-    With critics the graphs of all micro-batches are kept until the discriminators have moved;
-    otherwise each micro-batch goes backward at once.
-    """
-    args, adversarial = run.args, run.args.lambda_adv > 0
-    factor = schedule(step, run.max_steps, args.warmup)
-    set_lr(run.optimizer, args.lr * factor)
-    sums, kept = defaultdict(float), []  # over this rank's pairs; what waits for the discriminators
-    watched = []  # to name the pairs if something is not finite
-    if run.critics:
-        set_lr(run.critic_optimizer, args.disc_lr * factor)
-        run.critics.requires_grad_(True).train()
-
-    # lines 5-12: the batch, features of policy and reference, their scores
-    for batch in batches:
-        out = forward_pairs(run, batch, sums)
-        out.loss = out.losses.sum() / args.batch_size  # this rank's part of a mean over pairs
-        watched.append((batch.rows, out.watched))
-        if run.critics:
-            kept.append(out)
-        else:
-            backward(run, out.loss, out.mse.sum() / args.batch_size if adversarial else 0)
-
-    metrics = {}
-    if run.critics:
-        game = GAMES[args.critic]
-        # lines 13-19: the discriminators
-        metrics |= game.update(run, kept, sums, step)
-        # lines 20-24: the policy, through the updated and now frozen discriminators [choice 6]
-        run.critics.requires_grad_(False).eval()
-        for loss, term in game.terms(run, kept, sums, metrics):
-            backward(run, loss, term)
-    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), args.grad_clip)
-    metrics["grad_norm"] = norm.full_tensor()
-    metrics = reduce_metrics(sums, metrics, args)
-    refuse_what_is_not_finite(metrics, watched, step)  # before the policy moves
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    metrics["lr"] = args.lr * factor
-    if run.critics:
-        metrics["disc_lr"] = args.disc_lr * factor
-    return metrics
-
-
-def backward(run, loss: Tensor, term: Tensor | int):
-    """Line 23, of this rank's parts of L_OPO and L_adv. FSDP2 averages gradients over ranks where
-    these parts add up: hence times their number."""
-    (run.world * (loss + run.args.lambda_adv * term)).backward()
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float):
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 @torch.no_grad()
 def check_start(run, batch: Packed):
-    """Before the first step policy and reference are one function: equal latents and scores,
-    rewards 0, DPO's loss ln 2, IPO's 1 / (4 beta^2), critics that cannot tell apart.
-    FloatingPointError if not."""
+    """Checks that policy and reference are one function before the first step.
+
+    Then latents and scores are equal, rewards are 0, DPO's loss is ln 2, IPO's is 1 / (4 beta^2),
+    and the critics cannot tell the two models apart. Raises FloatingPointError otherwise.
+    """
     args = run.args
     lp, h, h_ref = two_models(run, batch)
     off = {"latents": (h - h_ref).abs().max() / h_ref.abs().max()}
     if OPO_LOSSES[args.loss].needs_ref:
-        off["rewards"] = torch.stack(rewards(lp, args)).abs().max()
+        off["rewards"] = torch.stack(logged_rewards(lp, *run.of_rewards)).abs().max()
     known = {"dpo": LN2, "ipo": 1 / (4 * args.beta**2)}.get(args.loss)
     if known:
-        off["loss"] = (OPO_LOSSES[args.loss](lp, args) / known - 1).abs().max()
-    if run.critics and GAMES[args.critic].needs_scores:
+        off["loss"] = (run.opo_loss(lp) / known - 1).abs().max()
+    if run.critics and args.critic != "paired":
         run.critics.eval()
         scores = quad_scores(run, h_ref[batch.gather], h[batch.gather], batch.mask)
         for name, (s_ref, s_theta, _) in zip(run.critics, scores, strict=True):
             off[f"scores of {name}"] = (s_ref - s_theta).abs().max()
-            # of equal scores Eq 14-15 is between 2 ln 2 and 2 ln 2 + Var(s) / 4
+            # for equal scores Eq 14-15 lies between 2 ln 2 and 2 ln 2 + Var(s) / 4
             excess = relativistic_bce(s_ref, s_theta, s_ref.mean(), s_theta.mean()) - 2 * LN2
             beyond = torch.maximum(-excess, excess - s_ref.var(correction=0) / 4)
             off[f"relativistic loss of {name}"] = beyond
@@ -297,38 +437,61 @@ def check_start(run, batch: Packed):
         )
 
 
+def begin(run, out_dir: Path, data: PreferenceData) -> int:
+    """Loads the newest state or checks the start; returns the number of finished steps."""
+    args, start = run.args, 0
+    if args.resume:
+        manifest = newest_state(out_dir)
+        if manifest:
+            start = manifest["step"]
+            load_state(out_dir, manifest, run.trained)
+        elif any(Path(out_dir, "state").glob("step-*")):
+            raise InputError(f"{out_dir}: no state is whole; remove its state/ to begin anew")
+        print0(f"resumed after step {start}")
+    if start == 0 and run.ref and args.ref_model == args.model:
+        check_start(run, next(micro_batches(run, data, 0)))
+        print0("checked: policy and reference agree before the first step")
+    elif start == 0:
+        print0("not checked before the first step: no reference, or another model")
+    return start
+
+
 # ---------------------------------------------------------------------- the loop
 
 
 def pairs_of(data: PreferenceData, step: int, args) -> list[Triplet]:
+    """Lines 5-6: returns the pairs of a step, on all ranks."""
     order = batch_indices(step, len(data.triplets), args.batch_size, args.seed)
     return [data.triplets[i] for i in order]
 
 
 def my_forwards(run, pairs: list[Triplet]) -> list[list[Triplet]]:
-    """This rank's share of the pairs, forward by forward, as many on every rank."""
+    """Returns this rank's share of the pairs, forward by forward, as many forwards on every rank."""
     args = run.args
-    parts = plan_forwards(pairs, run.world, args.micro_batch_size, args.micro_tokens)
-    return [part[run.rank] for part in parts]
+    forwards = plan_forwards(pairs, run.world, args.micro_batch_size, args.micro_tokens)
+    return [forward[run.rank] for forward in forwards]
 
 
 def micro_batches(run, data: PreferenceData, step: int) -> Iterator[Packed]:
+    """Yields this rank's micro-batches of a step."""
     for mine in my_forwards(run, pairs_of(data, step, run.args)):
         yield pack(mine).to(run.device)
 
 
 @torch.no_grad()
 def evaluate(run, triplets: list[Triplet], to_the_end: bool) -> dict | None:
-    """Held-out pairs under --loss -> loss, accuracy, margin, exact means over pairs and ranks; None
-    if a signal ends it, which otherwise has to wait."""
+    """Returns loss, accuracy and margin of held-out pairs under --loss: exact means over all pairs.
+
+    A signal ends the evaluation, unless to_the_end; then None is returned.
+    """
     totals = torch.zeros(4, dtype=torch.float64, device=run.device)
     for mine in my_forwards(run, triplets):
         if not to_the_end and run.signals.anywhere(run.device):
             return None
-        # a rank without pairs in the last forward repeats one, with weight 0
+        # a rank without pairs in the last forward repeats one pair, with weight 0
         lp, *_ = two_models(run, pack(mine or triplets[:1]).to(run.device))
-        chosen, rejected = rewards(lp, run.args)
-        loss, margin = OPO_LOSSES[run.args.loss](lp, run.args), chosen - rejected
+        chosen, rejected = logged_rewards(lp, *run.of_rewards)
+        loss, margin = run.opo_loss(lp), chosen - rejected
         rows = torch.stack([loss, share_above_0(margin), margin, torch.ones_like(margin)])
         totals += rows.double().sum(1) * bool(mine)
     dist.all_reduce(totals)
@@ -342,14 +505,15 @@ def evaluate(run, triplets: list[Triplet], to_the_end: bool) -> dict | None:
 
 
 def final_table(run, out_dir: Path):
-    """Reference and trained policy on the miniature's held-out prompts, shared among the ranks."""
+    """Examines reference and trained policy on the miniature's held-out prompts: final.csv."""
+    from miniature import world  # imported only where it is used
+
     args, rows = run.args, []
-    prompts = Path(args.dataset).with_name("prompts.jsonl")
-    tasks = miniature.read_tasks(prompts)[: args.final_eval]
+    tasks = world.read_tasks(Path(args.dataset).with_name("prompts.jsonl"))[:FINAL_PROMPTS]
     for temperature in FINAL_TEMPERATURES:
         settings = {"temperature": temperature, "seed": args.seed}
         verdicts = [
-            distributed.share_out(tasks, partial(miniature.examine, model, **settings))
+            distributed.share_out(tasks, partial(world.examine, model, **settings))
             for model in (args.ref_model, out_dir / "hf")
         ]
         rows += report.compare(temperature, *verdicts)
@@ -359,42 +523,15 @@ def final_table(run, out_dir: Path):
     print0(report.final_lines(rows))
 
 
-def plan(
-    args, config: PretrainedConfig, data: PreferenceData, device: torch.device
-) -> estimate.Survey:
-    """How an epoch's steps will be cut into forwards. InputError if their memory cannot fit."""
-    epoch = (pairs_of(data, step, args) for step in range(data.steps(args.batch_size)))
-    cut, shards = estimate.survey(epoch, args, dist.get_world_size()), distributed.sharing_ranks()
-    needs = estimate.needed_memory(forward_pairs, args, config, cut, device, shards)
-    print0(estimate.gigabytes(needs))
-    estimate.refuse_what_cannot_fit(needs, device)
-    return cut
-
-
-def begin(run, out_dir: Path, data: PreferenceData) -> int:
-    """Takes up the newest state, or checks the start -> the number of steps that are done."""
-    args, start = run.args, 0
-    if args.resume:
-        manifest = newest_state(out_dir)
-        if manifest:
-            start = manifest["step"]
-            load_state(out_dir, manifest, *run.players)
-        elif any(Path(out_dir, "state").glob("step-*")):
-            raise InputError(f"{out_dir}: no state is whole; remove its state/ to begin anew")
-        print0(f"resumed after step {start}")
-    if start == 0 and run.ref and args.ref_model == args.model:
-        check_start(run, next(micro_batches(run, data, 0)))
-        print0("checked: policy and reference agree before the first step")
-    elif start == 0:
-        print0("not checked before the first step: no reference, or another model")
-    return start
-
-
 def train(args, argv: list[str], stack: ExitStack, device: torch.device) -> bool:
-    """The loop -> whether a signal has asked for an end."""
-    miniature.build_if_used(args.seed, args.model, args.dataset)
+    """Trains, evaluates, saves and exports; returns whether a signal has asked for an end.
+
+    The stack holds the lock of --out_dir and the signal handlers. Raises InputError or
+    FloatingPointError with one line for the user.
+    """
+    build_miniature(args, partial(check_input, device=device))
     tokenizer, config, data, held_out = check_input(args, device)
-    cut = plan(args, config, data, device)
+    plans = plan(args, data, device)
     out_dir = claim_out_dir(args, stack)
     args.out_dir = str(out_dir)
     max_steps = args.max_steps or data.steps(args.batch_size) * args.epochs
@@ -404,30 +541,30 @@ def train(args, argv: list[str], stack: ExitStack, device: torch.device) -> bool
     run = build(args, config, device)
     run.max_steps, last = max_steps, min(max_steps, args.stop_after or max_steps)
     run.signals = stack.enter_context(distributed.StopSignals())
-    run.players = run.policy, run.optimizer, run.critics, run.critic_optimizer
     torch.manual_seed(args.seed + 1 + run.rank)  # the critics' dropout is the only noise to come
-    report.print_header(run, tokenizer, data, held_out, cut)
+    report.print_header(run, argv, tokenizer, data, held_out, plans)
     start = begin(run, out_dir, data)
-    check_space(out_dir, room_needed(run, out_dir))
-    if not distributed.from_rank_0(lambda: open_run(out_dir, run_config, start, last), "--out_dir"):
+    check_space(out_dir, room_needed(run.trained, args.keep, out_dir))
+    wants_table = args.eval_every > 0 and is_miniature(args.dataset, args.seed)
+    ready = partial(open_run, out_dir, run_config, start, last, wants_table)
+    if not distributed.from_rank_0(ready, "--out_dir"):
         print0(f"{out_dir} has finished its {start} steps: nothing to do")
         return False
     metrics_csv = report.Table(out_dir / "metrics.csv", report.COLUMNS, start)
     eval_csv = report.Table(out_dir / "eval.csv", report.EVAL_COLUMNS, start)
 
-    def is_due(done):  # --stop_after is no end: an undisturbed run has no row there
+    def is_due(done):  # a run that is only interrupted, by --stop_after, has no row at that step
         return args.eval_every and (done % args.eval_every == 0 or done == max_steps)
 
-    def held_out_row(done):
+    def evaluate_held_out(done):
         if result := evaluate(run, held_out.triplets, done == max_steps):
             eval_csv.write({"step": done} | result)
-            print0(
-                f"held out: step {done}, " + ", ".join(f"{k} {v:.4g}" for k, v in result.items())
-            )
+            values = ", ".join(f"{k} {v:.4g}" for k, v in result.items())
+            print0(f"held out: step {done}, {values}")
 
     if start and is_due(start):
         if distributed.from_rank_0(lambda: start not in eval_csv.steps, "eval.csv"):
-            held_out_row(start)  # a signal had ended it
+            evaluate_held_out(start)  # a signal had ended it
     clock = time.perf_counter()
     for step in range(start, last):
         tick = time.perf_counter()
@@ -438,27 +575,28 @@ def train(args, argv: list[str], stack: ExitStack, device: torch.device) -> bool
         metrics_csv.write(m)
         print0(report.log_line(m, run.max_steps, (now - clock) / (done - start) * (last - done)))
         if is_due(done):
-            held_out_row(done)
+            evaluate_held_out(done)
         stopping = run.signals.anywhere(device)
         if stopping or done == last or args.save_every and done % args.save_every == 0:
             metrics_csv.sync()
             eval_csv.sync()
-            save_state(out_dir, done, args.keep, *run.players)
+            save_state(out_dir, done, args.keep, run.trained)
         if stopping and done < last:
             print0(f"stopped after step {done}; resume with: {resume_command(argv, out_dir)}")
             return True
     print0(f"trained {last - start} steps in {time.perf_counter() - clock:.0f} s")
     if run.critics:
-        path = out_dir / "discriminators.pt"
-        save_discriminators(path, run.critics, critic_settings(args, config))
+        path, settings = out_dir / "discriminators.pt", critic_settings(args, config.hidden_size)
+        save_discriminators(path, run.critics, settings)
     export_policy(run.policy, tokenizer, out_dir / "hf")
-    if args.final_eval:
+    if wants_table:
         final_table(run, out_dir)
     print0(f"wrote {out_dir}")
     return run.signals.anywhere(device)
 
 
 def resume_command(argv: list[str], out_dir: Path) -> str:
+    """Returns the command that continues this run."""
     rest = [word for word in argv if word != "--resume"]
     if not any(word.startswith("--out_dir") for word in rest):
         rest += ["--out_dir", str(out_dir)]
@@ -466,12 +604,15 @@ def resume_command(argv: list[str], out_dir: Path) -> str:
 
 
 def main(argv: list[str] | None = None):
+    """Runs the program with a command line, by default that of the process."""
     quiet()
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = parse_args(argv)
+        miniature = is_miniature(args.model, args.seed)
         with ExitStack() as stack:
-            train(args, argv, stack, stack.enter_context(distributed.session(args.timeout)))
+            device = stack.enter_context(distributed.session(args.timeout, miniature))
+            train(args, argv, stack, device)
     except (InputError, FloatingPointError, OSError) as error:
         refuse("train_ganpo.py", error)
 

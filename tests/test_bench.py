@@ -2,11 +2,10 @@
 
 import json
 
+import bench
 import pytest
 import torch
 from transformers import AutoConfig
-
-import bench
 
 
 @pytest.fixture

@@ -25,17 +25,18 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import estimate
+import game
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from test_data import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import distributed
-import estimate
-import game
 import losses
 import report
 import train_ganpo
@@ -44,7 +45,6 @@ from data import Triplet, batch_indices, load_pairs, pack
 from discriminator import build_discriminator
 from miniature import Verdict
 from policy import PackedLM, load_lm
-from test_data import tiny
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared" / "data"

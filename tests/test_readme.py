@@ -7,25 +7,25 @@ import shlex
 import tokenize
 from pathlib import Path
 
-import datasets
-import torch
-
 import bench
+import datasets
+import game
+import plots
+import reproduce
+import torch
+import train_apo
+from test_data import tiny
+from test_train import close, run, tiny_world
+
 import discriminator
 import eval_alpaca
-import game
 import generate
 import losses
 import miniature
-import plots
 import report
-import reproduce
 import reward_model
-import train_apo
 import train_ganpo
 from data import load_pairs
-from test_data import tiny
-from test_train import close, run, tiny_world
 
 __all__ = ["tiny_world"]  # the fixture
 

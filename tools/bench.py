@@ -29,19 +29,19 @@ from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 
+import estimate
+import game
 import numpy as np
 import torch
 import torch.distributed as dist
+from estimate import tokens_in
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 import distributed
-import estimate
-import game
 import report
 import train_ganpo
 from data import InputError, Triplet, json_lines, pack
-from estimate import tokens_in
 from flags import DTYPES, Parser, count, natural
 from generate import quiet
 

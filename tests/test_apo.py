@@ -14,18 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import train_apo
+from test_miniature import SMALL, first_command
+from train_apo import accuracy_and_ece, best_and_worst, difference_loss, pair_loss
 from transformers import AutoTokenizer
 
 import eval_alpaca
 import miniature
 import reward_model
-import train_apo
 import train_ganpo
 from distributed import StopSignals
 from generate import pick
 from reward_model import RewardModel
-from test_miniature import SMALL, first_command
-from train_apo import accuracy_and_ece, best_and_worst, difference_loss, pair_loss
 
 HERE = Path(__file__).parent
 

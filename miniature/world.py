@@ -15,13 +15,18 @@ and test.jsonl (the annotator's pairs, mostly of the reference's own answers), p
 out, as is test.jsonl) and world.json (settings, written last).
 """
 
+import cpu  # must come before torch
+
 import fcntl
 import json
 import math
 import random
 import shutil
 import sys
+import tempfile
 import time
+from argparse import Namespace
+from collections.abc import Callable
 from datetime import timedelta
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -38,12 +43,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import distributed
-from data import ChatEncoder, InputError, json_lines, read_rows
-from flags import Parser, natural
+from data import ChatEncoder, InputError, json_lines, read_rows, user_chat
+from flags import Parser, natural, world_folder
 from generate import generate, quiet
 
-ROOT = Path("out/mini")
 SIZES = dict(  # seconds on two cores: see README
     prompts=1000, train_prompts=2048, train_pairs=3072, test_prompts=256, sft_steps=1600,
 )  # fmt: skip
@@ -305,12 +308,8 @@ def build_model(tokenizer, seed) -> LlamaForCausalLM:
     )
 
 
-def chat(prompt):
-    return [{"role": "user", "content": prompt}]
-
-
 def answer(lm, encoder, tasks, temperature, seed, **more):
-    chats = [chat(task.prompt) for task in tasks]
+    chats = [user_chat(task.prompt) for task in tasks]
     more |= {"temperature": temperature, "seed": seed, "max_new_tokens": MAX_NEW_TOKENS}
     return generate(lm, encoder, chats, **more)
 
@@ -319,7 +318,7 @@ def fit(model, encoder, demos, rng, log):
     """One epoch of supervised fine-tuning on the demonstrations' answers."""
     pairs = []
     for demo in demos:
-        messages = chat(demo["prompt"])
+        messages = user_chat(demo["prompt"])
         ids = encoder.answer_ids(messages, demo["response"])
         pairs.append((ids, len(encoder.prompt_ids(messages))))
     batches = []
@@ -382,18 +381,13 @@ def draw_pairs(model, encoder, tasks, per_prompt, rng, seed, log) -> list[dict]:
     return rows
 
 
-def world(seed: int, root=ROOT) -> Path:
-    """The folder of a world."""
-    return Path(root) / f"seed{seed}"
-
-
 def read_tasks(path) -> list[Task]:
     return [Task(**row) for row in read_rows(str(path), "train")]
 
 
-def build(seed: int, root=ROOT, log=print, sizes=SIZES) -> Path:
+def build(seed: int, root="out/mini", log=print, sizes=SIZES) -> Path:
     """Builds root/seedK unless it is there -> the folder. It appears whole or not at all."""
-    folder, settings = world(seed, root), {"seed": seed} | sizes
+    folder, settings = world_folder(seed, root), {"seed": seed} | sizes
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (folder.parent / f".seed{seed}.lock").open("w") as lock:
@@ -405,10 +399,41 @@ def build(seed: int, root=ROOT, log=print, sizes=SIZES) -> Path:
     return folder
 
 
-def build_if_used(seed: int, *paths: str):
-    """Every rank calls it, rank 0 builds: the seed's world, if one of the paths lies in it."""
-    if world(seed) in (Path(path).parent for path in paths):
-        distributed.from_rank_0(lambda: build(seed, log=distributed.print0), "miniature:")
+def build_after(check: Callable, args, log: Callable):
+    """Builds the world of args.seed, unless it is there, after check has accepted the input.
+
+    check is called with a copy of args whose paths to this world lead to a stand-in. So it raises
+    its InputError before the minutes of building, not after them.
+    """
+    folder = world_folder(args.seed)
+    if not folder.exists():
+        with tempfile.TemporaryDirectory() as temporary:
+            write_stand_in(Path(temporary), args.seed)
+
+            def replaced(value):
+                inside = isinstance(value, str) and Path(value).parent == folder
+                return str(Path(temporary, Path(value).name)) if inside else value
+
+            try:
+                check(Namespace(**{name: replaced(value) for name, value in vars(args).items()}))
+            except InputError as error:
+                raise InputError(str(error).replace(temporary, str(folder))) from None
+    build(args.seed, log=log)
+
+
+def write_stand_in(folder: Path, seed: int):
+    """Writes a world's files with an untrained model and with solutions as chosen answers."""
+    rng, tokenizer = random.Random(seed), build_tokenizer()
+    build_model(tokenizer, seed).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for name, size in (("train", "train_pairs"), ("test", "test_prompts"), ("prompts", "prompts")):
+        rows = [
+            task._asdict() | {"chosen": task.solution, "rejected": task.solution + "?"}
+            for task in draw_tasks(rng, SIZES[size], distinct=True)
+        ]
+        fields = Task._fields if name == "prompts" else rows[0]
+        text = json_lines({field: row[field] for field in fields} for row in rows)
+        (folder / f"{name}.jsonl").write_text(text)
 
 
 def build_alone(folder, settings, log):
@@ -417,7 +442,7 @@ def build_alone(folder, settings, log):
     shutil.rmtree(unfinished, ignore_errors=True)  # what a killed build has left
     unfinished.mkdir()
     begin, threads = time.perf_counter(), torch.get_num_threads()
-    torch.set_num_threads(2)  # sums may depend on it: everybody's world shall be the same
+    torch.set_num_threads(cpu.MINIATURE_THREADS)  # sums in float32 depend on it
     try:
         with torch.random.fork_rng(devices=[]):
             write_world(unfinished, settings, log)
@@ -474,7 +499,7 @@ def show(folder):
 
 
 def parse_args(argv: list[str]):
-    parser = Parser("miniature.py", __doc__)
+    parser = Parser("miniature.world", __doc__)
     parser.add_argument("action", nargs="?", choices=["build", "show"], default="build")
     parser.add_argument("--seed", type=natural, default=0, help="another world [0]")
     return parser.parse_args(argv)
@@ -486,7 +511,7 @@ def main():
         args = parse_args(sys.argv[1:])
         folder = build(args.seed)
     except (InputError, OSError) as error:
-        sys.exit(f"miniature.py: {error}")
+        sys.exit(f"miniature.world: {error}")
     if args.action == "show":
         show(folder)
     else:

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_train import SHAPES, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import generate as generate_module
@@ -31,7 +32,6 @@ import miniature
 from data import ChatEncoder, InputError, load_pairs
 from generate import Answer, generate, pick, uniforms
 from miniature import FAMILIES, Task, annotate, chat, demonstrate, draw_tasks, judge
-from test_train import SHAPES, make_model
 
 HERE = Path(__file__).resolve().parent
 SMALL = dict(prompts=44, train_prompts=60, train_pairs=64, test_prompts=16, sft_steps=100)

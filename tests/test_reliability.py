@@ -22,11 +22,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-
-import checkpoint
-import train_ganpo
-from data import batch_indices, load_pairs, plan_forwards
-from losses import OPO_LOSSES
 from test_data import tiny
 from test_train import (
     close,
@@ -39,6 +34,11 @@ from test_train import (
     spawn,
     tiny_world,
 )
+
+import checkpoint
+import train_ganpo
+from data import batch_indices, load_pairs, plan_forwards
+from losses import OPO_LOSSES
 
 __all__ = ["tiny_world"]  # the fixture
 

@@ -11,13 +11,6 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
-
-import train_ganpo
-from checkpoint import load_discriminators
-from data import InputError, batch_indices, load_pairs
-from discriminator import build_discriminator
-from losses import masked_mean, paired_discriminator_loss, paired_generator_loss
 from test_data import tiny
 from test_train import (
     LN2,
@@ -30,6 +23,13 @@ from test_train import (
     softplus,
     tiny_world,
 )
+from transformers import AutoModelForCausalLM
+
+import train_ganpo
+from checkpoint import load_discriminators
+from data import InputError, batch_indices, load_pairs
+from discriminator import build_discriminator
+from losses import masked_mean, paired_discriminator_loss, paired_generator_loss
 
 __all__ = ["tiny_world"]  # the fixture
 PAIRED = ("--critic=paired", "--disc_lr=3e-2", "--lambda_adv=5")

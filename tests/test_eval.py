@@ -16,9 +16,13 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import plots
 import pytest
 import torch
 import torch.distributed as dist
+from test_data import tiny
+from test_miniature import first_command
+from test_train import HERE, LN2, SHARED, make_model, rows_of, run, tiny_world
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,7 +32,6 @@ from transformers import (
 
 import eval_alpaca
 import miniature
-import plots
 import reward_model
 import winrate
 from checkpoint import load_discriminators
@@ -36,9 +39,6 @@ from data import ChatEncoder, InputError, load_pairs, pack
 from generate import generate
 from policy import load_lm
 from reward_model import RewardLM, RewardModel
-from test_data import tiny
-from test_miniature import first_command
-from test_train import HERE, LN2, SHARED, make_model, rows_of, run, tiny_world
 
 __all__ = ["tiny_world"]  # the fixture
 

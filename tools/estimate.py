@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from game import autocast, build_critics
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -28,7 +29,6 @@ from transformers import PretrainedConfig
 import attention
 from data import InputError, Triplet, pack, plan_forwards, row_length
 from flags import DTYPES
-from game import autocast, build_critics
 from losses import needs_reference
 from policy import load_lm, rows_per_chunk
 

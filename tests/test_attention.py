@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_train import SHAPES, make_model, triplets_for
 
 import attention
 from data import InputError, pack
 from policy import load_lm
-from test_train import SHAPES, make_model, triplets_for
 
 # rows around the size of a block of flex_attention's masks, 128
 LENGTHS = [(5, 9, 4), (1, 3, 11), (130, 100, 140), (12, 1, 1), (7, 150, 8), (128, 128, 128)]

@@ -11,8 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-
 import plots
+
 from data import read_rows
 from report import read_table
 from winrate import standard_error

@@ -22,16 +22,17 @@ from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
 
+import train_apo
+from results import APO_WORLDS, FIG_4, REGIMES, ROOT, TEMPERATURES, Grid, write_results
+
 import eval_alpaca
 import miniature
 import reward_model
-import train_apo
 import train_ganpo
 from data import InputError
 from distributed import cores
 from flags import Parser, count, natural
 from generate import quiet
-from results import APO_WORLDS, FIG_4, REGIMES, ROOT, TEMPERATURES, Grid, write_results
 
 PROMPTS = 500
 

@@ -9,13 +9,13 @@ import re
 
 import numpy as np
 import pytest
-
-import miniature
 import reproduce
-import train_ganpo
 from reproduce import CELLS, QUICK, flags_of, run_cell
 from results import Grid, named_cells, verdict, with_error, write_results
 from test_miniature import SMALL
+
+import miniature
+import train_ganpo
 
 
 def test_every_cell_is_a_run_that_train_ganpo_takes_and_differs_from_the_others():

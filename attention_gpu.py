@@ -1,0 +1,162 @@
+"""The two kinds of attention over packed rows that need a GPU: varlen and flex."""
+
+import functools
+import inspect
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from packing import Packed, move
+
+BLOCK = 128  # tokens per side of a block of flex_attention's masks
+
+
+def tensor_on(x: np.ndarray, device: torch.device) -> Tensor:
+    return move(torch.from_numpy(x), device)
+
+
+# ---------------------------------------------------------------------- varlen
+
+
+class Varlen:
+    """One varlen_attn per layer.
+
+    Queries stay as they lie in the row. Keys and values are gathered, so that the prompt's stand
+    once more before each rejected answer's. The kernel aligns its causal mask at the end of each
+    sequence, which is right for the last n positions of a longer one.
+    """
+
+    def __init__(self, batch: Packed):
+        queries, keys, index = [], [], []
+        for start, n_prompt, n_chosen, n_rejected in batch.segments:
+            first = start + n_prompt + n_chosen
+            queries += [n_prompt + n_chosen, n_rejected]
+            keys += [n_prompt + n_chosen, n_prompt + n_rejected]
+            index += [np.arange(start, first), np.arange(start, start + n_prompt)]
+            index += [np.arange(first, first + n_rejected)]
+        # takes a second to import, so it is imported only where it is used
+        from torch.nn.attention.varlen import varlen_attn
+
+        device, self.kernel = batch.ids.device, varlen_attn
+        self.takes_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
+        self.index = tensor_on(np.concatenate(index), device)
+        self.starts = [
+            tensor_on(np.cumsum([0, *n], dtype=np.int32), device) for n in (queries, keys)
+        ]
+        self.longest = max(queries), max(keys)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling, window, softcap) -> Tensor:
+        """Returns (1, T, heads, D). window is the number of keys that a query sees, or None."""
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
+        k, v = k.index_select(0, self.index), v.index_select(0, self.index)
+        gqa = {}
+        if q.shape[1] != k.shape[1] and self.takes_gqa:  # torch before 2.12 has no such argument
+            gqa = {"enable_gqa": True}
+        left = -1 if window is None else window - 1  # keys before a query's own; -1 means all
+        out = self.kernel(
+            q, k, v, *self.starts, *self.longest, scale=scaling, window_size=(left, 0), **gqa
+        )
+        return out[None]
+
+
+# ---------------------------------------------------------------------- flex
+
+
+class Flex:
+    """One flex_attention per layer, with a block mask for each window size.
+
+    The mask follows from the keys that each query sees. They are two ranges of the row:
+    [prompt_from, prompt_to) is the prompt of a rejected answer, [own_from, query] is the rest.
+    """
+
+    def __init__(self, batch: Packed):
+        self.segments, self.device, self.masks = batch.segments, batch.ids.device, {}
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling, window, softcap) -> Tensor:
+        """Returns (1, T, heads, D). window is the number of keys that a query sees, or None."""
+        if window not in self.masks:
+            self.masks[window] = block_mask(self.segments, window, self.device)
+        out = flex_kernel(query.is_cuda)(
+            query, key, value, soft_capped(softcap) if softcap else None, self.masks[window],
+            scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
+        return out.transpose(1, 2)
+
+
+@functools.cache
+def flex_kernel(cuda: bool):
+    """Returns flex_attention, compiled on a GPU.
+
+    It is compiled as one whole graph: where that fails it raises, and never becomes a T x T product
+    in silence.
+    """
+    from torch.nn.attention.flex_attention import flex_attention  # slow to import, as above
+
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True) if cuda else flex_attention
+
+
+@functools.cache
+def soft_capped(cap: float):
+    """Returns the change of scores that flex_attention makes for a soft cap."""
+    return lambda score, batch, head, q, k: cap * torch.tanh(score / cap)
+
+
+def visible_ranges(segments: tuple, window: int | None) -> np.ndarray:
+    """Returns prompt_from, prompt_to and own_from for every query of the row, (3, T).
+
+    prompt_from equals prompt_to where a query's own range begins with its prompt.
+    """
+    ranges = []
+    for start, n_prompt, n_chosen, n_rejected in segments:
+        for first, n, before in (
+            (start, n_prompt + n_chosen, 0),
+            (start + n_prompt + n_chosen, n_rejected, n_prompt),
+        ):
+            i = np.arange(n)
+            oldest = np.zeros(n, int) if window is None else np.maximum(before + i - window + 1, 0)
+            prompt_to = np.full(n, start + before)
+            prompt_from = np.minimum(start + oldest, prompt_to)
+            own_from = first + np.maximum(oldest - before, 0)
+            ranges.append(np.stack([prompt_from, prompt_to, own_from]))
+    return np.concatenate(ranges, axis=1)
+
+
+def block_mask(segments: tuple, window: int | None, device: torch.device):
+    """Returns flex_attention's BlockMask of a row.
+
+    It says which blocks of keys a block of queries reads wholly, which in part (those are then
+    masked by the ranges), and which not at all.
+    """
+    from torch.nn.attention.flex_attention import BlockMask  # slow to import, as above
+
+    ranges = visible_ranges(segments, window)
+    prompt_from, prompt_to, own_from = ranges
+    T = ranges.shape[1]
+    query, n = np.arange(T), -(-T // BLOCK)
+    # per block of queries and block of keys: queries that see any of its keys, that see all of them
+    seen, covered = (np.zeros((n, n + 1), int) for _ in range(2))
+    for begin, end in ((prompt_from, prompt_to), (own_from, query + 1)):
+        some = begin < end
+        add_ranges(seen, query[some], begin[some] // BLOCK, (end[some] - 1) // BLOCK + 1)
+        add_ranges(covered, query, -(-begin // BLOCK), end // BLOCK)
+    seen, covered = (x.cumsum(1)[:, :n] for x in (seen, covered))
+    whole = covered == BLOCK
+    part = (seen > 0) & ~whole
+    order = []
+    for blocks in (part, whole):
+        count, indices = blocks.sum(1), np.argsort(~blocks, axis=1, kind="stable")
+        order += [tensor_on(x.astype(np.int32), device)[None, None] for x in (count, indices)]
+    prompt_from, prompt_to, own_from = tensor_on(ranges.astype(np.int32), device)
+
+    def mask(batch, head, q, k):
+        return (k >= prompt_from[q]) & (k < prompt_to[q]) | (k >= own_from[q]) & (k <= q)
+
+    return BlockMask.from_kv_blocks(*order, BLOCK_SIZE=BLOCK, mask_mod=mask, seq_lengths=(T, T))
+
+
+def add_ranges(marks: np.ndarray, query: np.ndarray, begin: np.ndarray, end: np.ndarray):
+    """Adds 1 to marks[query's block, begin:end], as differences that a cumulative sum resolves."""
+    some = begin < end
+    np.add.at(marks, (query[some] // BLOCK, begin[some]), 1)
+    np.add.at(marks, (query[some] // BLOCK, end[some]), -1)
