@@ -119,7 +119,7 @@ def from_rank_0(function: Callable, message: str):
         try:
             result = function()
         except (InputError, OSError) as error:
-            refusal = f"{message} {error}"
+            refusal = f"{message} {error}".lstrip()
     both = [result, refusal]
     if dist.get_world_size() > 1:  # see share_out
         dist.broadcast_object_list(both)

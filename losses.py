@@ -16,9 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LN2 = (
-    0.6931471805599453  # softplus(0), the loss of a discriminator that cannot tell two inputs apart
-)
+LN2 = 0.6931471805599453  # softplus(0): a discriminator's loss where it cannot tell inputs apart
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -220,9 +218,9 @@ def logged_rewards(lp: LogProbs, needs_ref: bool, beta: float) -> tuple[Tensor, 
 
 
 # ---------------------------------------------------------------------- adversarial losses
-# s_ref, s_theta and s_other are the raw scores that one discriminator gives to three sets of latents:
-# the reference's of its own sign, the policy's, and the reference's of the opposite sign.
-# mu_ref, mu_theta and mu_other are their means, scalars.
+# One discriminator gives raw scores to three sets of latents: s_ref to the reference's of its own
+# sign, s_theta to the policy's, and s_other to the reference's of the opposite sign. mu_ref,
+# mu_theta and mu_other are the means of these scores, scalars.
 
 
 def relativistic_bce(s_real: Tensor, s_fake: Tensor, mu_real: Tensor, mu_fake: Tensor) -> Tensor:
@@ -265,8 +263,9 @@ def generator_loss(
 ) -> Tensor:
     """The policy's loss under one discriminator, Eq 18; L_adv is the sum over both [choice 1].
 
-    adv_loss "minimax":        -BCE(ref, theta); its part with s_theta: E log(1 - sigma(s_theta - mu_ref))
-    adv_loss "nonsaturating":  BCE(theta, ref); its part with s_theta: -E log sigma(s_theta - mu_ref)
+    adv_loss        whole loss         its part with s_theta
+    minimax         -BCE(ref, theta)   E log(1 - sigma(s_theta - mu_ref))
+    nonsaturating   BCE(theta, ref)    -E log sigma(s_theta - mu_ref)
 
     Without s_ref and mu_theta only the part with s_theta is computed: with the running means of
     Algorithm 1 the other part is a constant. With both of them the whole loss is computed, as in

@@ -1,9 +1,9 @@
 """The paired critic, beyond the paper: one that compares the two models token by token.
 
 Near h_theta = h_ref the two terms of Eq 19 push the policy's score with equal force in opposite
-directions. So the paper's discriminators learn to tell good answers from bad ones, and their push on
-the policy has no direction. The paired critic D compares the latents that policy and reference give
-to the same token of the same text:
+directions. So the paper's discriminators learn to tell good answers from bad ones, and their push
+on the policy has no direction. The paired critic D compares the latents that policy and reference
+give to the same token of the same text:
 
     u = D(x_ref) - D(x_theta),    x = h - h_ref (--critic_input diff) or x = h (--critic_input h)
     critic   softplus(-u) + SLOPE_PENALTY / 2 * (|dD/dx|^2 at x_ref + |dD/dx|^2 at x_theta)
@@ -129,7 +129,7 @@ def update_discriminators(run, kept: list, step: int) -> dict[str, Tensor]:
 
 
 def adversarial_loss(run, kept: list) -> Tensor:
-    """Returns L_adv, a scalar: the mean over all pairs of both critics' losses for the policy, halved.
+    """Returns L_adv, a scalar: half the sum of both critics' losses, the mean over all pairs.
 
     Its value is that of the global batch. Its gradient reaches the latents of this rank's pairs.
     """

@@ -56,8 +56,8 @@ class PackedLM(nn.Module):
         """Returns latents and log-probabilities of a packed row.
 
         head=False leaves the log-probabilities out, for a reference that only lends its latents
-        (SimPO). In backward, head_hook is called with the gradient (T, H) that the log-probabilities
-        send to the latents.
+        (SimPO). In backward, head_hook is called with the gradient (T, H) that the
+        log-probabilities send to the latents.
         """
         trunk = self.model.base_model
         ids, position_ids = batch.ids[None], batch.position_ids[None]
@@ -118,7 +118,7 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------- loading
 
-# The families whose own padded forward tests/test_train.py compares with this file's. Another family
+# The families whose own padded forward tests/test_train.py compares with this file's. Another one
 # may have a detail that this file would leave out in silence (a scale of the logits, attention
 # sinks), so it has to be added to that test first.
 FAMILIES = ("gemma2", "llama", "mistral", "qwen2", "qwen3")
@@ -136,8 +136,7 @@ def check_config(config: PretrainedConfig, max_length: int):
 
 
 def check_model_folder(name: str, flag: str = "--model"):
-    """Raises InputError, which begins with `flag`, if name is a folder that is not there or that has
-    no weights."""
+    """Raises InputError, which names `flag`, for a folder that is missing or has no weights."""
     folder = Path(name)
     if not folder.is_dir():
         if is_local(name):

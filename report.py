@@ -1,8 +1,8 @@
 """What a training run reports: the header, one line per step, the csv files and config.json.
 
 Columns of metrics.csv are exact means over all pairs of the step on all ranks, taken before the
-policy's update. Those of the adversarial loss (loss_adv, adv_to_opo_grad, adv_align) are taken after
-the discriminators' update. A column that a setting has no value for stays empty. docs/log.md
+policy's update. Those of the adversarial loss (loss_adv, adv_to_opo_grad, adv_align) are taken
+after the discriminators' update. A column that a setting has no value for stays empty. docs/log.md
 explains each column. Shapes as in train_ganpo.py.
 """
 
@@ -178,7 +178,7 @@ class Table:
             self.file.flush()
 
     def sync(self):
-        """Makes sure that the rows are on the disk, before a state says that their steps are done."""
+        """Writes the rows to the disk, before a state says that their steps are done."""
         if self.file:
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -245,7 +245,7 @@ def print_header(
     held_out: PreferenceData | None,
     survey: Survey,
 ):
-    """Prints what this run is: settings, division into forwards, data, sizes, and the first pair."""
+    """Prints what this run is: settings, division into forwards, data, sizes, the first pair."""
     args = run.args
     preset = parse_args([f"--preset={args.preset}"])
     own = [f"{k}={v}" for k, v in vars(args).items() if v != getattr(preset, k) and k != "out_dir"]

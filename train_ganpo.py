@@ -5,7 +5,8 @@
     torchrun --nproc_per_node 2 train_ganpo.py --preset gemma-2-2b-it --checkpointing    # App. B
 
 Algorithm 1 is the first section below and reads downwards. The flags are in settings.py. A run
-writes config.json, metrics.csv, eval.csv, final.csv, discriminators.pt, state/ and hf/ to --out_dir.
+writes config.json, metrics.csv, eval.csv, final.csv, discriminators.pt, state/ and hf/ to
+--out_dir.
 
 Latents are hidden states of a model's last layer, after the final norm. A critic is one of the two
 discriminators. Shapes, in all files:
@@ -303,8 +304,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float):
 def check_input(args, device: torch.device):
     """Checks everything that can be refused before a weight is read.
 
-    Returns tokenizer, config, data and held-out data (None without --eval_every). Raises InputError.
-    Nothing here communicates between ranks.
+    Returns tokenizer, config, data and held-out data (None without --eval_every). Raises
+    InputError. Nothing here communicates between ranks.
     """
     check_out_dir(args)
     if (
@@ -466,7 +467,7 @@ def pairs_of(data: PreferenceData, step: int, args) -> list[Triplet]:
 
 
 def my_forwards(run, pairs: list[Triplet]) -> list[list[Triplet]]:
-    """Returns this rank's share of the pairs, forward by forward, as many forwards on every rank."""
+    """Returns this rank's pairs, forward by forward; every rank has as many forwards."""
     args = run.args
     forwards = plan_forwards(pairs, run.world, args.micro_batch_size, args.micro_tokens)
     return [forward[run.rank] for forward in forwards]
