@@ -4,6 +4,7 @@ The help of a flag names its default and where that comes from: the paper's App.
 Alg. 1, the authors of SimPO, or us.
 """
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,9 +110,10 @@ def flags() -> Parser:
 # fmt: on
 
 
-ONLY_PAIRED = "critic_input disc_steps".split()
-ONLY_PAPER = "disc_layers disc_dropout mean ema_decay adv_loss".split()
-OF_CRITICS = [*ONLY_PAPER, *ONLY_PAIRED, *"disc_hidden disc_lr disc_every".split()]
+OF_PAIRED = "critic_input disc_steps".split()
+OF_SCORES = "mean ema_decay adv_loss".split()  # of critics whose scores have running means
+OF_CLASS = {"disc_layers": "layers", "disc_dropout": "dropout"}  # flag and argument of the class
+OF_CRITICS = [*OF_PAIRED, *OF_SCORES, *OF_CLASS, *"disc_hidden disc_lr disc_every".split()]
 
 
 def parse_args(argv: list[str]):
@@ -120,23 +122,19 @@ def parse_args(argv: list[str]):
     Raises InputError for a flag that is wrong, that contradicts another one, or that the chosen
     loss or critic has no use for.
     """
-    parser, given = flags(), given_flags(argv)
+    parser = flags()
     first = parser.parse_known_args(argv)[0]
-    preset, mini = (
-        {k: v.format(seed=first.seed) if isinstance(v, str) else v for k, v in PRESETS[p].items()}
-        for p in (first.preset, "mini")
-    )
+    preset = {
+        k: v.format(seed=first.seed) if isinstance(v, str) else v
+        for k, v in PRESETS[first.preset].items()
+    }
     preset["critic"] = first.critic or preset.get("critic", "transformer")
     if preset["critic"] == "paired":
         preset |= PAIRED
     derived = ("simpo_beta", "disc_lr_ratio", "eval_split", "eval_every")
     parser.set_defaults(**{k: v for k, v in preset.items() if k not in derived})
     args = parser.parse_args(argv)
-    for name in ONLY_PAPER if args.critic == "paired" else ONLY_PAIRED:
-        if name in given:
-            raise InputError(f"--critic {args.critic} has no use for --{name}")
-    if "gamma_beta_ratio" in given and "gamma_beta_ratio" not in OPO_LOSSES[args.loss].defaults:
-        raise InputError(f"--loss {args.loss} has no use for --gamma_beta_ratio")
+    refuse_useless(args, given_flags(argv))
     if args.disc_steps is None:
         args.disc_steps = 5 if args.critic == "paired" and args.critic_input == "h" else 1
     args.ref_model = args.ref_model or args.model
@@ -154,6 +152,21 @@ def parse_args(argv: list[str]):
     if args.resume and not args.out_dir:
         raise InputError("--resume needs --out_dir")
     return args
+
+
+def refuse_useless(args, given: set[str]):
+    """Raises InputError for a given flag that the chosen loss or critic has no use for."""
+    useless = OF_SCORES if args.critic == "paired" else OF_PAIRED
+    if args.critic in DISCRIMINATORS:
+        takes = inspect.signature(DISCRIMINATORS[args.critic].__init__).parameters
+        useless = useless + [flag for flag, name in OF_CLASS.items() if name not in takes]
+    for name in useless:
+        if name in given:
+            raise InputError(f"--critic {args.critic} has no use for --{name}")
+    if args.mean == "batch" and "ema_decay" in given:
+        raise InputError("--mean batch has no use for --ema_decay")
+    if "gamma_beta_ratio" in given and "gamma_beta_ratio" not in OPO_LOSSES[args.loss].defaults:
+        raise InputError(f"--loss {args.loss} has no use for --gamma_beta_ratio")
 
 
 def unused_flags(args, argv: list[str]) -> list[str]:
