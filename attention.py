@@ -72,34 +72,51 @@ class Loop:
     """One answer after the other, by torch's scaled_dot_product_attention."""
 
     def __init__(self, batch: Packed):
-        self.segments = batch.segments
+        self.prompts = [segment[1] for segment in batch.segments]
+        # tokens of prompt and chosen answer together, then of the rejected one, pair by pair
+        self.sizes = [n for _, p, c, r in batch.segments for n in (p + c, r)]
+        self.masks = {}  # every layer uses the same ones
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling, window, softcap) -> Tensor:
         """Returns (1, T, heads, D). window is the number of keys that a query sees, or None."""
-        out, settings = [], (scaling, window, softcap)
-        for start, n_prompt, n_chosen, n_rejected in self.segments:
-            prompt, first = start + n_prompt, start + n_prompt + n_chosen
-            q, k, v = (x[:, :, start:first] for x in (query, key, value))
-            out.append(causal_attention(q, k, v, *settings))
-            own = slice(first, first + n_rejected)  # it sees the prompt's keys and its own
-            k, v = (torch.cat([x[:, :, start:prompt], x[:, :, own]], dim=2) for x in (key, value))
-            out.append(causal_attention(query[:, :, own], k, v, *settings))
+        out = []
+        # one split, because the gradient of a slice of the row is a whole row of zeros
+        parts = zip(*(x.split(self.sizes, dim=2) for x in (query, key, value)), strict=True)
+        for n_prompt, (q, k, v), (q_own, k_own, v_own) in zip(
+            self.prompts, *[iter(parts)] * 2, strict=True
+        ):
+            # the rejected answer sees the keys of the prompt and its own
+            k_own = torch.cat([k[:, :, :n_prompt], k_own], dim=2)
+            v_own = torch.cat([v[:, :, :n_prompt], v_own], dim=2)
+            for qkv in ((q, k, v), (q_own, k_own, v_own)):
+                mask = self.mask(qkv[0], qkv[1], window, softcap)
+                out.append(causal_attention(*qkv, mask, scaling, softcap))
         return torch.cat(out, dim=2).transpose(1, 2)
 
+    def mask(self, q: Tensor, k: Tensor, window: int | None, softcap: float | None):
+        """Returns what is added to the scores (n, m): 0 where a query sees a key, else -inf.
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scaling, window, softcap) -> Tensor:
-    """Returns causal attention (1, heads, n, D), with a soft cap and a window if those are given.
+        q holds the last n of the m positions that k covers. Returns None where n = m, without a
+        window and a soft cap: the kernel then needs no mask.
+        """
+        n, m = q.shape[2], k.shape[2]
+        windowed = window is not None and m > window
+        if n == m and not windowed and softcap is None:
+            return None
+        if (n, m, windowed) not in self.masks:
+            seen = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+            if windowed:
+                seen = seen.triu(m - n - window + 1)
+            mask = torch.zeros(n, m, dtype=q.dtype, device=q.device)
+            self.masks[n, m, windowed] = mask.masked_fill(~seen, float("-inf"))
+        return self.masks[n, m, windowed]
 
-    q (1, heads, n, D) holds the last n positions of the sequence of m positions that k and v
-    (1, key heads, m, D) cover.
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling, softcap):
+    """Returns causal attention (1, heads, n, D), with a soft cap of the scores if that is given.
+
+    q is (1, heads, n, D); k and v are (1, key heads, m, D). mask comes from Loop.mask.
     """
-    n, m = q.shape[2], k.shape[2]
-    windowed = window is not None and m > window
-    mask = None
-    if n < m or windowed or softcap is not None:
-        mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
-        if windowed:
-            mask = mask.triu(m - n - window + 1)
     if softcap is None:
         gqa = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(
@@ -108,7 +125,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scaling, window, softcap) 
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = softcap * torch.tanh(q @ k.transpose(2, 3) * scaling / softcap)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    return scores.masked_fill(~mask, float("-inf")).softmax(-1).to(q.dtype) @ v
+    return (scores + mask).softmax(-1).to(q.dtype) @ v
 
 
 LAYOUTS = {"loop": Loop, "varlen": Varlen, "flex": Flex}

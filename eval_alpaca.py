@@ -5,14 +5,22 @@
         --judge rm --reward_model Skywork/Skywork-Reward-V2-Llama-3.1-8B
     python eval_alpaca.py --judge annotations --annotations FILE --alpaca_data DIR
 
-Judges: mini (the miniature's verifier), rm (a reward model), annotations (published AlpacaEval
-annotation files), ifeval (lm_eval's checks), gpt4 (prints the command, spends nothing).
+Judges: mini (the miniature's exact judge), rm (a reward model), annotations (published AlpacaEval
+annotation files), ifeval (lm_eval's checks), gpt4 (prints the command to run, spends nothing).
 
-Writes to --out: NAME-T0.7.jsonl, every answer as it comes, from which an interrupted command goes
-on; NAME-T0.7.json, AlpacaEval's own format, and NAME-T0.7.meta.json, how it was made, for NAME
-model and baseline; scores.jsonl, a row per answer; results.json, a row per temperature. Rates are
-in percent and errors are standard errors over prompts; what a judge has no value for is null.
+Files in --out, where NAME is model or baseline and T0.7 the temperature:
+
+    NAME-T0.7.jsonl      every answer as soon as it is written; an interrupted command continues it
+    NAME-T0.7.json       the answers in AlpacaEval's own format
+    NAME-T0.7.meta.json  how they were made
+    scores.jsonl         a row for each answer
+    results.json         a row for each temperature
+
+Rates are in percent, errors are standard errors over prompts. A value that the judge does not give
+is null.
 """
+
+import cpu  # noqa: F401  must come before torch
 
 import csv
 import hashlib
@@ -22,65 +30,85 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from huggingface_hub import hf_hub_download
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import distributed
-import miniature
 from checkpoint import load_discriminators, sha256, write_synced
 from data import (
     ChatEncoder,
     InputError,
-    blaming,
-    check_model_name,
     first_line,
+    input_error_for,
     json_lines,
     read_rows,
+    user_chat,
 )
 from distributed import print0, share_out
-from flags import DTYPES, Parser, at_least_0, count, fraction, natural, positive, refuse
-from generate import generate, quiet
-from policy import read_tokenizer
+from flags import (
+    DTYPES,
+    Parser,
+    at_least_0,
+    count,
+    fraction,
+    natural,
+    positive,
+    refuse,
+    world_folder,
+)
+from generate import Answer, generate, quiet
+from policy import check_model_folder, read_tokenizer
 from report import read_config
-from reward_model import RewardModel, hidden_states
+from reward_model import RewardModel, hidden_states, read_reward_model
+from settings import build_miniature, is_miniature
 from winrate import length_controlled, summary, table
 
 JUDGES = ("mini", "rm", "annotations", "ifeval", "gpt4")
-ALPACA, ALPACA_N = "tatsu-lab/alpaca_eval", 805
+ALPACA, ALPACA_N = "tatsu-lab/alpaca_eval", 805  # AlpacaEval's data set, and its instructions
 BASELINE_FILE = "alpaca_eval_gpt4_baseline.json"
+LEAST_ROOM = 32  # tokens of a prompt beside --max_new_tokens
 
 
 class Prompt(NamedTuple):
+    """One instruction of --prompts."""
+
     instruction: str
     dataset: str
-    record: dict  # what the file says besides, for judges that need more
+    record: dict  # the whole row, for judges that need more
 
 
 # ---------------------------------------------------------------------- AlpacaEval's files
 
 
 def alpaca_file(args, name: str) -> Path:
-    """A file of AlpacaEval's data set: from --alpaca_data, or from the Hub."""
+    """Returns the path of a file of AlpacaEval's data set, in --alpaca_data or from the Hub."""
     if args.alpaca_data:
         for path in (Path(args.alpaca_data, name), Path(args.alpaca_data, name + ".gz")):
             if path.is_file():
                 return path
         raise InputError(f"--alpaca_data {args.alpaca_data}: no {name}")
-    with blaming(f"{ALPACA}: {name} cannot be fetched; pass --alpaca_data DIR"):
+    with input_error_for(f"{ALPACA}: {name} cannot be fetched; pass --alpaca_data DIR"):
         return Path(hf_hub_download(ALPACA, name, repo_type="dataset"))
 
 
-def check_outputs(source, rows, instructions=None, empty_ok=False):
-    """InputError unless rows are a whole outputs file: instruction, output and generator in each,
-    no instruction twice, and those of `instructions`, in their order."""
+def check_outputs(
+    source: str | Path, rows, instructions: list[str] | None = None, empty_ok: bool = False
+):
+    """Raises InputError unless rows are a whole outputs file.
+
+    Every row needs instruction, output and generator, and no instruction may occur twice. With
+    `instructions` the rows have to be those of these instructions in their order.
+    """
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{source}: no list of outputs")
     seen = {}
@@ -101,11 +129,12 @@ def check_outputs(source, rows, instructions=None, empty_ok=False):
     for i, (row, instruction) in enumerate(zip(rows, instructions, strict=True)):
         if row["instruction"] != instruction:
             known = row["instruction"] in set(instructions)
-            what = "out of order" if known else "of other prompts"
+            what = "out of order" if known else "not for one of the prompts"
             raise InputError(f"{source}: row {i} is {what}: {row['instruction'][:60]!r}")
 
 
 def read_alpaca_baseline(args) -> list[dict]:
+    """Returns AlpacaEval's baseline outputs, whose instructions are its prompts."""
     path = alpaca_file(args, BASELINE_FILE)
     rows = read_rows(str(path), "train")
     check_outputs(path, rows)
@@ -115,23 +144,23 @@ def read_alpaca_baseline(args) -> list[dict]:
 
 
 def read_prompts(args) -> list[Prompt]:
-    """Of --prompts. InputError for a row without text, an instruction twice, or no rows."""
-    if args.prompts == "alpaca_eval":
-        rows = read_alpaca_baseline(args)
-    else:
-        rows = read_rows(args.prompts, "train")
-    prompts = []
+    """Returns the prompts of --prompts.
+
+    Raises InputError if there are none, if a row has no text, or if an instruction occurs twice.
+    """
+    alpaca, where = args.prompts == "alpaca_eval", f"--prompts {args.prompts}"
+    rows = read_alpaca_baseline(args) if alpaca else read_rows(args.prompts, "train")
+    prompts, first = [], {}
     for i, row in enumerate(rows):
         text = (row.get("instruction") or row.get("prompt")) if isinstance(row, dict) else None
         if not isinstance(text, str) or not text.strip():
-            raise InputError(
-                f"--prompts {args.prompts}: row {i} has no text as instruction or prompt"
-            )
+            raise InputError(f"{where}: row {i} has no text as instruction or prompt")
+        if text in first:
+            raise InputError(f"{where}: row {i} has the instruction of row {first[text]}")
+        first[text] = i
         prompts.append(Prompt(text, row.get("dataset") or Path(args.prompts).stem, row))
     if not prompts:
-        raise InputError(f"--prompts {args.prompts}: no rows")
-    if len({p.instruction for p in prompts}) < len(prompts):
-        raise InputError(f"--prompts {args.prompts}: an instruction is there twice")
+        raise InputError(f"{where}: no rows")
     return prompts
 
 
@@ -139,55 +168,63 @@ def read_prompts(args) -> list[Prompt]:
 
 
 class Writer:
-    """A model that writes answers, loaded when the first one is missing."""
+    """A model that writes answers. Its weights are read when the first missing answer is needed.
 
-    def __init__(self, name: str, flag: str, args, device):
-        check_model_name(name, flag)
-        weights = ("*.safetensors", "*.bin")
-        if Path(name).is_dir() and not any(f for w in weights for f in Path(name).glob(w)):
-            raise InputError(f"{flag} {name}: a model folder without weights")
-        with blaming(f"{flag} {name}"):
+    name is a folder or Hub id, flag the flag it was given by. args holds chat_template, dtype,
+    seed, samples, max_new_tokens, batch_size, top_k and top_p. Raises InputError, which begins with
+    the flag, if there is no config, tokenizer, chat template or, in a folder, no weights.
+    """
+
+    def __init__(self, name: str, flag: str, args, device: torch.device):
+        self.name, self.flag, self.args, self.device, self._lm = name, flag, args, device, None
+        check_model_folder(name, flag)
+        tokenizer = read_tokenizer(name, args.chat_template, flag)
+        with input_error_for(f"{flag} {name}"):
             self.config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        self.name, self.args, self.device, self._lm = name, args, device, None
-        self.encoder = ChatEncoder(read_tokenizer(name, args.chat_template, flag))
+            self.encoder = ChatEncoder(tokenizer)
 
     @property
-    def lm(self):
+    def lm(self) -> PreTrainedModel:
         if self._lm is None:
             dtype = DTYPES[self.args.dtype]
-            self._lm = AutoModelForCausalLM.from_pretrained(
-                self.name, dtype=dtype, trust_remote_code=False
-            ).to(self.device)
+            with input_error_for(f"{self.flag} {self.name}"):
+                self._lm = AutoModelForCausalLM.from_pretrained(
+                    self.name, dtype=dtype, trust_remote_code=False
+                ).to(self.device)
         return self._lm
 
-    def settings(self, prompts, temperature) -> dict:
-        """What the answers depend on, and what they were made with."""
-        args, names = self.args, ("torch", "transformers")
-        texts = json.dumps([p.instruction for p in prompts])
+    def sampling(self, temperature: float) -> dict:
+        """Returns the settings by which answers are drawn."""
+        names = "samples max_new_tokens top_k top_p seed dtype".split()
+        settings = {"temperature": temperature} | {k: getattr(self.args, k) for k in names}
+        return settings | {"chat_template": self.encoder.tokenizer.chat_template}
+
+    def settings(self, prompts: list[Prompt], temperature: float) -> dict:
+        """Returns all that the answers depend on, and the versions that they were made with."""
+        names, texts = ("torch", "transformers"), json.dumps([p.instruction for p in prompts])
         return {
             "model": self.name,
             "fingerprint": fingerprint(self.name, self.config),
             "prompts": hashlib.sha256(texts.encode()).hexdigest(),
-            "temperature": temperature,
-            "samples": args.samples,
-            "max_new_tokens": args.max_new_tokens,
-            "top_k": args.top_k,
-            "top_p": args.top_p,
-            "seed": args.seed,
-            "dtype": args.dtype,
-            "chat_template": self.encoder.tokenizer.chat_template,
+            **self.sampling(temperature),
             "versions": {n: version(n) for n in names} | {"python": platform.python_version()},
         }
 
-    def answers(self, prompts, temperature, out: Path, role: str) -> list[list[str]]:
-        """--samples texts for each prompt. Those that an earlier command wrote are kept."""
-        path, samples = out / f"{role}-T{temperature:g}.jsonl", self.args.samples
+    def answers(
+        self, prompts: list[Prompt], temperature: float, out: Path, name: str
+    ) -> list[list[str]]:
+        """Returns --samples texts for each prompt, on all ranks, and writes them to out/name-T*.
+
+        Those that an earlier command has written are kept. Raises InputError if that command had
+        other settings.
+        """
+        path, samples = answers_file(out, name, temperature), self.args.samples
         n = len(prompts) * samples
         rows = distributed.from_rank_0(
             lambda: self.earlier(path, self.settings(prompts, temperature)), "--out"
         )
         block = max(1, self.args.batch_size // samples) * dist.get_world_size()
-        write, said = partial(self.write, temperature), time.monotonic()
+        write, reported = partial(self.write, temperature), time.monotonic()
         for first in range(len(rows) // samples, len(prompts), block):
             more = [
                 {"prompt": first + i, "sample": s} | answer._asdict()
@@ -196,22 +233,23 @@ class Writer:
             ]
             rows += more
             distributed.from_rank_0(partial(append, path, more), "--out")
-            if len(rows) == n or time.monotonic() - said > 10:
-                print0(f"{role}, T {temperature:g}: {len(rows):,} of {n:,} answers")
-                said = time.monotonic()
+            if len(rows) == n or time.monotonic() - reported > 10:
+                print0(f"{name}, T {temperature:g}: {len(rows):,} of {n:,} answers")
+                reported = time.monotonic()
         texts = [row["text"] for row in rows]
         texts = [texts[i : i + samples] for i in range(0, len(texts), samples)]
-        if dist.get_rank() == 0:
-            self.write_outputs(path.with_suffix(".json"), prompts, [t[0] for t in texts])
+        first_samples = [of_prompt[0] for of_prompt in texts]
+        write = partial(self.write_outputs, path.with_suffix(".json"), prompts, first_samples)
+        distributed.from_rank_0(write, "--out")
         return texts
 
-    def write(self, temperature, prompts) -> list[list]:
-        """--samples answers (generate.Answer) for each prompt."""
+    def write(self, temperature: float, prompts: list[Prompt]) -> list[list[Answer]]:
+        """Returns --samples new answers to each prompt."""
         args = self.args
         answers = generate(
             self.lm,
             self.encoder,
-            [miniature.chat(p.instruction) for p in prompts],
+            [user_chat(p.instruction) for p in prompts],
             temperature=temperature,
             seed=args.seed,
             samples=args.samples,
@@ -223,29 +261,28 @@ class Writer:
         )
         return [answers[i : i + args.samples] for i in range(0, len(answers), args.samples)]
 
-    def earlier(self, path, settings) -> list[dict]:
-        """The whole prompts of a file that an interrupted command has left; its sidecar."""
-        meta = path.with_suffix(".meta.json")
+    def earlier(self, path: Path, settings: dict) -> list[dict]:
+        """Returns the rows that an interrupted command has left in path, whole prompts only.
+
+        If there is no such file, writes the file of settings beside it.
+        """
+        rows = []
         if path.exists():
-            old = json.loads(meta.read_text())
-            changed = [k for k in settings if k != "versions" and old.get(k) != settings[k]]
-            if changed:
-                raise InputError(f"{path} was made with another {', '.join(changed)}")
-            rows = []
+            check_same_settings(path, settings)
             for line in path.read_text().splitlines():
                 try:
                     rows.append(json.loads(line))
-                except ValueError:  # a kill tore it
+                except ValueError:  # the command was killed while it wrote this line
                     break
             rows = rows[: len(rows) // settings["samples"] * settings["samples"]]
         else:
-            write_synced(meta, json.dumps(settings, indent=1) + "\n")
-            rows = []
+            text = json.dumps(settings, indent=1) + "\n"
+            write_synced(path.with_suffix(".meta.json"), text)
         write_synced(path, json_lines(rows))
         return rows
 
-    def write_outputs(self, path, prompts, texts):
-        """AlpacaEval's own format, the first sample of each prompt."""
+    def write_outputs(self, path: Path, prompts: list[Prompt], texts: list[str]):
+        """Writes one answer to each prompt in AlpacaEval's own format."""
         rows = [
             {"instruction": p.instruction, "output": text, "generator": self.name}
             | {"dataset": p.dataset}
@@ -255,15 +292,31 @@ class Writer:
         write_synced(path, json.dumps(rows, indent=1) + "\n")
 
 
-def append(path, rows):
+def answers_file(out: Path, name: str, temperature: float) -> Path:
+    return out / f"{name}-T{temperature:g}.jsonl"
+
+
+def check_same_settings(path: Path, settings: dict):
+    """Raises InputError if the answers in path were made with other values of these settings."""
+    meta = path.with_suffix(".meta.json")
+    if path.exists():
+        with input_error_for(f"{meta}: how {path.name} was made cannot be read"):
+            old = dict(json.loads(meta.read_text()))
+        changed = [k for k in settings if k != "versions" and old.get(k) != settings[k]]
+        if changed:
+            raise InputError(f"{path} was made with other settings: {', '.join(changed)}")
+
+
+def append(path: Path, rows: list[dict]):
+    """Adds rows to a .jsonl file and writes them to the disk."""
     with path.open("a") as file:
         file.write(json_lines(rows))
         file.flush()
         os.fsync(file.fileno())
 
 
-def fingerprint(name: str, config) -> str:
-    """Of a folder's weights, config and tokenizer; the commit of a Hub id."""
+def fingerprint(name: str, config: PretrainedConfig | None) -> str:
+    """Returns a hash of a folder's weights, config and tokenizer, or the commit of a Hub id."""
     if not Path(name).is_dir():
         return config._commit_hash
     kinds = (".safetensors", ".bin", ".json", ".jinja", ".model")
@@ -273,27 +326,37 @@ def fingerprint(name: str, config) -> str:
 
 
 # ---------------------------------------------------------------------- judges
-# Each takes prompts and a text for each -> per answer a dict of score, strict, loose: what it has.
+# A judge is called with n prompts and a text for each, and returns n dicts that hold those of the
+# keys score, strict and loose that it has a value for.
 
 
-def judge_mini(prompts, texts):
-    verdicts = [miniature.judge(task_of(p), text) for p, text in zip(prompts, texts, strict=True)]
+def judge_mini(prompts: list[Prompt], texts: list[str]) -> list[dict]:
+    """Returns strict accuracy and gold score by the miniature's exact judge."""
+    from miniature import world  # imported only where it is used
+
+    verdicts = [world.judge(task_of(p), text) for p, text in zip(prompts, texts, strict=True)]
     return [{"score": v.gold, "strict": v.strict} for v in verdicts]
 
 
-def task_of(prompt) -> miniature.Task:
-    known = {k: v for k, v in prompt.record.items() if k in miniature.Task._fields}
+def task_of(prompt: Prompt):
+    """Returns the miniature.world.Task of a prompt; raises InputError if it is none."""
+    from miniature import world  # imported only where it is used
+
+    known = {k: v for k, v in prompt.record.items() if k in world.Task._fields}
     try:
-        return miniature.Task(**known)
+        return world.Task(**known)
     except TypeError:
-        raise InputError("--judge mini: these prompts are none of the miniature's") from None
+        raise InputError("--judge mini: the prompts are not the miniature's") from None
 
 
 class IFEval:
-    """The official checks, as lm_eval ships them. A check whose own data cannot be loaded is
-    skipped for all answers, and said."""
+    """The official checks of IFEval (arXiv 2311.07911), as lm_eval ships them.
 
-    def __init__(self, prompts):
+    A check whose own data cannot be loaded is skipped for all answers; the program says which.
+    Raises InputError if lm_eval is not installed or the prompts do not name their checks.
+    """
+
+    def __init__(self, prompts: list[Prompt]):
         try:
             from lm_eval.tasks.ifeval import utils
         except ImportError as error:
@@ -314,16 +377,18 @@ class IFEval:
         if none := sum(not self.checks(p) for p in prompts):
             print0(f"{none} of {len(prompts)} prompts have no other check")
 
-    def checks(self, prompt):
+    def checks(self, prompt: Prompt) -> list[tuple]:
+        """Returns names and settings of a prompt's checks without those that are skipped."""
         pairs = zip(prompt.record["instruction_id_list"], prompt.record["kwargs"], strict=True)
         return [(name, settings) for name, settings in pairs if name not in self.skipped]
 
-    def follows(self, prompt, name, settings, text, how) -> bool:
+    def follows(self, prompt: Prompt, name: str, settings: dict, text: str, how: str) -> bool:
+        """Returns whether a text passes one check; how is "strict" or "loose"."""
         one = self.utils.InputExample(0, [name], prompt.instruction, [settings])
         test = getattr(self.utils, f"test_instruction_following_{how}")
         return test(one, text).follow_all_instructions
 
-    def __call__(self, prompts, texts):
+    def __call__(self, prompts: list[Prompt], texts: list[str]) -> list[dict]:
         rows = []
         for p, text in zip(prompts, texts, strict=True):
             strict, loose = (
@@ -339,24 +404,31 @@ class IFEval:
 
 
 class Critics:
-    """Both discriminators' scores of an answer, on the latents of the model that wrote it."""
+    """Scores answers by both discriminators of a run, on the latents of the model that wrote them.
+
+    Raises InputError if the file is not one of discriminators or does not fit the model.
+    """
 
     def __init__(self, path: str, writer: Writer):
-        with blaming(f"--score_discriminators {path}"):
+        self.writer, where = writer, f"--score_discriminators {path}"
+        if not Path(path).is_file():
+            raise InputError(f"{where}: no such file")
+        try:
             self.critics = load_discriminators(path, writer.device)
-            if getattr(self.critics["disc_pos"], "differences", False):
-                raise InputError("critics of h - h_ref cannot score a text alone")
-            size, own = self.critics["disc_pos"].project_in.in_features, writer.config.hidden_size
-            if size != own:
-                raise InputError(f"for latents of size {size}, the model's are {own}")
-        self.writer = writer
+        except Exception:  # torch's message advises to load such a file without its safeguards
+            raise InputError(f"{where}: not a whole file of discriminators") from None
+        if getattr(self.critics["disc_pos"], "differences", False):
+            raise InputError(f"{where}: these critics score h - h_ref, and here is no reference")
+        size, own = self.critics["disc_pos"].project_in.in_features, writer.config.hidden_size
+        if size != own:
+            raise InputError(f"{where}: for latents of size {size}; those of the model have {own}")
 
     @torch.inference_mode()
-    def __call__(self, prompts, texts, batch_size=32):
+    def __call__(self, prompts: list[Prompt], texts: list[str], batch_size: int = 32) -> list[dict]:
         encoder, rows = self.writer.encoder, []
         limit = self.writer.config.max_position_embeddings
         ids = [
-            encoder.answer_ids(miniature.chat(p.instruction), encoder.plain(text))[:limit]
+            encoder.answer_ids(user_chat(p.instruction), encoder.plain(text))[:limit]
             for p, text in zip(prompts, texts, strict=True)
         ]
         for first in range(0, len(ids), batch_size):
@@ -366,22 +438,32 @@ class Critics:
         return rows
 
 
-# ---------------------------------------------------------------------- the commands
+# ---------------------------------------------------------------------- published annotations
 
 
-def annotated(args):
-    """--judge annotations: AlpacaEval's own numbers from its published files."""
+def annotated(args) -> tuple[list[dict], list[dict]]:
+    """Returns the rows of results.json and scores.jsonl for --judge annotations.
+
+    The numbers are AlpacaEval's own, from its published files. Raises InputError if one of these
+    cannot be used.
+    """
     baseline = read_alpaca_baseline(args)
-    place = {row["instruction"]: i for i, row in enumerate(baseline)}
-    found = {}
+    place, found = {row["instruction"]: i for i, row in enumerate(baseline)}, {}
     for i, row in enumerate(read_rows(args.annotations, "train")):
+        row = row if isinstance(row, dict) else {}
         where = f"--annotations {args.annotations}: row {i}"
         index, preference = place.get(row.get("instruction")), row.get("preference")
-        if index is None or index in found or not isinstance(row.get("output_2"), str):
-            raise InputError(f"{where}: not one of AlpacaEval's instructions, twice, or no output")
+        if index is None:
+            raise InputError(f"{where}: not one of AlpacaEval's instructions")
+        if index in found:
+            raise InputError(f"{where}: its instruction occurs twice")
+        if not isinstance(row.get("output_2"), str):
+            raise InputError(f"{where}: no text as output_2")
         if not isinstance(preference, int | float) or not 1 <= preference <= 2:
             raise InputError(f"{where}: preference {preference!r} is not in [1, 2]")
         found[index] = row
+    if not found:
+        raise InputError(f"--annotations {args.annotations}: no rows")
     if len(found) < ALPACA_N:
         print0(f"{len(found)} of {ALPACA_N} instructions are annotated")
     scores = [
@@ -389,112 +471,157 @@ def annotated(args):
         | {"length": len(row["output_2"]), "length_baseline": len(baseline[index]["output"])}
         for index, row in sorted(found.items())
     ]
-    with alpaca_file(args, "instruction_difficulty.csv").open() as file:
-        rows = csv.DictReader(file)
-        difficulty = {int(r["index"]): float(r["instruction_difficulty"]) for r in rows}
-    with alpaca_file(args, "df_gamed.csv").open() as file:
-        gamed = list(csv.DictReader(file))
-    gamed_x = [
-        (np.tanh(float(r["std_delta_len"])), float(r["instruction_difficulty"]),
-         r["not_gamed_baseline"] == "True")
-        for r in gamed
-    ]  # fmt: skip
-    control = partial(
-        length_controlled,
-        # by instruction, not by row: rows may be missing or elsewhere
-        difficulty=np.array([difficulty[s["prompt"]] for s in scores]),
-        gamed=(np.array(gamed_x, dtype=float), np.array([float(r["preference"]) for r in gamed])),
-    )
+    control = official_control(args, [row["prompt"] for row in scores])
     model = next(iter(found.values())).get("generator_2")
     names = {"model": model, "baseline": baseline[0]["generator"]}
     return [summary(scores, control, **names, judge="annotations")], scores
 
 
-class Examination:
-    """Whoever gives values to answers, made before the first one is written."""
+def official_control(args, prompts: list[int]) -> Callable:
+    """Returns length_controlled with the difficulties of these prompts and the gamed answers.
 
-    def __init__(self, args, prompts, writer, device):
-        self.judge = {"mini": judge_mini}.get(args.judge)
-        if args.judge == "mini":
-            for p in prompts:
-                task_of(p)
-        elif args.judge == "ifeval":
-            self.judge = IFEval(prompts)
-        dtype = DTYPES[args.dtype]
-        self.reward = RewardModel(args.reward_model, device, dtype) if args.reward_model else None
-        self.by_reward = args.judge == "rm"
-        file = args.score_discriminators
-        self.critics = Critics(file, writer) if file else None
+    Difficulties are looked up by instruction, not by position: rows may be missing or reordered.
+    """
+    path = alpaca_file(args, "instruction_difficulty.csv")
+    with input_error_for(str(path)), path.open() as file:
+        of_prompt = {int(r["index"]): r["instruction_difficulty"] for r in csv.DictReader(file)}
+        difficulty = np.array([float(of_prompt[prompt]) for prompt in prompts])
+    path = alpaca_file(args, "df_gamed.csv")
+    with input_error_for(str(path)), path.open() as file:
+        rows = list(csv.DictReader(file))
+        columns = [[float(r[k]) for r in rows] for k in ("std_delta_len", "instruction_difficulty")]
+        constant = [r["not_gamed_baseline"] == "True" for r in rows]
+        preference = np.array([float(r["preference"]) for r in rows])
+    x = np.array([np.tanh(columns[0]), columns[1], constant], dtype=float).T
+    return partial(length_controlled, difficulty=difficulty, gamed=(x, preference))
 
-    def __call__(self, prompts, answers, own: bool) -> list[dict]:
-        """A row per answer, prompt by prompt, the work shared among the ranks."""
-        items = [(i, s, text) for i, texts in enumerate(answers) for s, text in enumerate(texts)]
-        return share_out(items, partial(self.rows, prompts, own))
 
-    def rows(self, prompts, own, items) -> list[dict]:
-        """items: number of a prompt, of a sample, and its text."""
-        rows = [{"prompt": i, "sample": s, "length": len(text)} for i, s, text in items]
-        asked, texts = [prompts[i] for i, _, _ in items], [text for _, _, text in items]
-        columns = [self.judge(asked, texts)] if self.judge else []
-        if self.reward:
-            rewards = self.reward.score([miniature.chat(p.instruction) for p in asked], texts)
-            keys = ("score", "reward") if self.by_reward else ("reward",)
-            columns.append([dict.fromkeys(keys, reward) for reward in rewards])
-        if self.critics and own:
-            columns.append(self.critics(asked, texts))
-        for more in columns:
-            for row, values in zip(rows, more, strict=True):
-                row |= values
-        return rows
+# ---------------------------------------------------------------------- an evaluation
+
+
+def check_input(args, device: torch.device) -> SimpleNamespace:
+    """Checks everything that can be refused before a model's weights are read.
+
+    Nothing here communicates between ranks. Raises InputError; otherwise returns
+
+    prompts   list of Prompt
+    writer    Writer of --model
+    baseline  Writer of --baseline, or None
+    outputs   the texts of a --baseline that is a file, --samples equal ones per prompt, or None
+    judge     the judge, or None if --judge has no verdicts of its own here
+    critics   Critics of --score_discriminators, or None
+    room      tokens that a prompt may have
+    """
+    prompts = read_prompts(args)
+    writer = Writer(args.model, "--model", args, device)
+    positions = writer.config.max_position_embeddings
+    room = positions - args.max_new_tokens
+    if room < LEAST_ROOM:
+        left = f"leaves {max(room, 0)} of the model's {positions} positions for the prompt"
+        raise InputError(f"--max_new_tokens {args.max_new_tokens} {left}; {LEAST_ROOM} are needed")
+    baseline = outputs = judge = critics = None
+    if args.baseline == "alpaca_eval" or args.baseline and Path(args.baseline).is_file():
+        file = args.baseline
+        if file == "alpaca_eval":
+            file = str(alpaca_file(args, BASELINE_FILE))
+        rows = read_rows(file, "train")
+        check_outputs(file, rows, [p.instruction for p in prompts])
+        outputs = [[row["output"]] * args.samples for row in rows]
+    elif args.baseline:
+        baseline = Writer(args.baseline, "--baseline", args, device)
+    for name, who in (("model", writer), ("baseline", baseline)):
+        for temperature in args.temperatures if who else ():
+            path = answers_file(Path(args.out), name, temperature)
+            check_same_settings(path, who.sampling(temperature))
+    if args.judge == "mini":
+        judge = judge_mini
+        for p in prompts:
+            task_of(p)
+    elif args.judge == "ifeval":
+        judge = IFEval(prompts)
+    if args.reward_model:
+        read_reward_model(args.reward_model)
+    if args.score_discriminators:
+        critics = Critics(args.score_discriminators, writer)
+    return SimpleNamespace(
+        prompts=prompts, writer=writer, baseline=baseline, outputs=outputs, judge=judge,
+        critics=critics, room=room,
+    )  # fmt: skip
+
+
+def score_rows(
+    inputs: SimpleNamespace, reward: RewardModel | None, by_reward: bool, own: bool, items: list
+) -> list[dict]:
+    """Returns a score row for each item: numbers of prompt and sample, and the text.
+
+    by_reward says whether the reward is the score, too. own says whether the texts are those of
+    --model, whose latents the critics read.
+    """
+    rows = [{"prompt": i, "sample": s, "length": len(text)} for i, s, text in items]
+    prompts, texts = [inputs.prompts[i] for i, _, _ in items], [text for _, _, text in items]
+    columns = [inputs.judge(prompts, texts)] if inputs.judge else []
+    if reward:
+        rewards = reward.score([user_chat(p.instruction) for p in prompts], texts)
+        keys = ("score", "reward") if by_reward else ("reward",)
+        columns.append([dict.fromkeys(keys, value) for value in rewards])
+    if inputs.critics and own:
+        columns.append(inputs.critics(prompts, texts))
+    for more in columns:
+        for row, values in zip(rows, more, strict=True):
+            row |= values
+    return rows
 
 
 def compare(own: list[dict], other: list[dict] | None):
-    """Adds to the model's rows the baseline's lengths, and wins by score: 1, 0, or a tie's 1/2."""
+    """Adds win and length_baseline to the model's score rows.
+
+    other holds the baseline's rows in the same order, or is None. The higher score wins; equal
+    scores count 1/2.
+    """
     for i, row in enumerate(own):
         row |= {"win": None, "length_baseline": other[i]["length"] if other else None}
         if other and row.get("score") is not None:
             row["win"] = float(np.heaviside(row["score"] - other[i]["score"], 0.5))
 
 
-def evaluate(args, device):
-    """-> results.json's rows, scores.jsonl's rows."""
-    if args.judge == "annotations":
-        return annotated(args)
-    prompts = read_prompts(args)
-    writer = Writer(args.model, "--model", args, device)
-    room = writer.config.max_position_embeddings - args.max_new_tokens
-    if room < 32:
-        raise InputError(f"--max_new_tokens {args.max_new_tokens}: leaves {room} for the prompt")
-    baseline, fixed = None, None
-    if args.baseline and Path(args.baseline).is_file():
-        fixed = read_rows(args.baseline, "train")
-        check_outputs(args.baseline, fixed, [p.instruction for p in prompts])
-        fixed = [[row["output"]] * args.samples for row in fixed]
-    elif args.baseline:
-        baseline = Writer(args.baseline, "--baseline", args, device)
-    examine = Examination(args, prompts, writer, device)
-    lengths = [len(writer.encoder.prompt_ids(miniature.chat(p.instruction))) for p in prompts]
-    if cut := sum(n > room for n in lengths):
-        print0(f"{cut} of {len(prompts)} prompts are longer than {room} tokens: cut in the middle")
+def evaluate(args, device: torch.device) -> tuple[list[dict], list[dict]]:
+    """Returns the rows of results.json and of scores.jsonl; writes the answers to --out."""
+    inputs = check_input(args, device)
+    prompts, writer = inputs.prompts, inputs.writer
+    reward = None
+    if args.reward_model:
+        reward = RewardModel(args.reward_model, device, DTYPES[args.dtype])
+
+    def examine(texts, own):
+        items = [
+            (i, s, text) for i, of_prompt in enumerate(texts) for s, text in enumerate(of_prompt)
+        ]
+        return share_out(items, partial(score_rows, inputs, reward, args.judge == "rm", own))
+
+    lengths = [len(writer.encoder.prompt_ids(user_chat(p.instruction))) for p in prompts]
+    if cut := sum(n > inputs.room for n in lengths):
+        longer = f"{cut} of {len(prompts)} prompts are longer than {inputs.room} tokens"
+        print0(f"{longer}: cut in the middle")
     out = Path(args.out)
     distributed.from_rank_0(lambda: out.mkdir(parents=True, exist_ok=True), "--out")
     results, scores, settings = [], [], {"model": args.model, "baseline": args.baseline}
     for temperature in args.temperatures:
-        answers = writer.answers(prompts, temperature, out, "model")
-        rows, other = examine(prompts, answers, own=True), None
-        texts = fixed or baseline and baseline.answers(prompts, temperature, out, "baseline")
-        if texts:
-            other = examine(prompts, texts, own=False)
-        compare(rows, other)
+        rows = examine(writer.answers(prompts, temperature, out, "model"), own=True)
+        texts = inputs.outputs
+        if inputs.baseline:
+            texts = inputs.baseline.answers(prompts, temperature, out, "baseline")
+        compare(rows, examine(texts, own=False) if texts else None)
         settings |= {"judge": args.judge, "temperature": temperature, "seed": args.seed}
         results.append(summary(rows, **settings))
         scores += [{"temperature": temperature} | row for row in rows]
         if args.judge == "gpt4":
-            print0(f"elsewhere, with an OpenAI key: {gpt4_command(args, out, temperature)}")
+            command = gpt4_command(args, out, temperature)
+            print0(f"to be run elsewhere, with an OpenAI key: {command}")
     return results, scores
 
 
-def gpt4_command(args, out, temperature) -> str:
+def gpt4_command(args, out: Path, temperature: float) -> str:
+    """Returns the command by which AlpacaEval's own judge compares the answers."""
     return (
         "pip install alpaca_eval && alpaca_eval --annotators_config weighted_alpaca_eval_gpt4_turbo"
         f" --model_outputs {out}/model-T{temperature:g}.json"
@@ -503,7 +630,17 @@ def gpt4_command(args, out, temperature) -> str:
     )
 
 
-def parse_args(argv):
+def write_results(out: Path, results: list[dict], scores: list[dict]):
+    out.mkdir(parents=True, exist_ok=True)
+    write_synced(out / "scores.jsonl", json_lines(scores))
+    write_synced(out / "results.json", json.dumps(results, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------------- the program
+
+
+def flags() -> Parser:
+    """Returns the parser of all flags."""
     # fmt: off
     parser = Parser("eval_alpaca.py", __doc__)
     add = parser.add_argument
@@ -511,16 +648,16 @@ def parse_args(argv):
     add("--baseline", help="a model, or a file of its outputs [mini: its reference; AlpacaEval's]")
     add("--prompts", default="mini", help="mini, alpaca_eval, or a file of instructions [mini]")
     add("--judge", choices=JUDGES, default="mini", help="[mini]")
-    add("--reward_model", help="its folder or Hub id: the judge of rm, a column beside another's")
-    add("--score_discriminators", metavar="FILE", help="a run's discriminators.pt: columns")
-    add("--annotations", metavar="FILE", help="of --judge annotations")
+    add("--reward_model", help="folder or Hub id; judges with rm, adds a column with other judges")
+    add("--score_discriminators", metavar="FILE", help="a run's discriminators.pt; adds columns")
+    add("--annotations", metavar="FILE", help="what --judge annotations reads")
     add("--alpaca_data", metavar="DIR", help=f"AlpacaEval's files [{ALPACA} on the Hub]")
     add("--chat_template", help="a jinja file [the tokenizer's own]")
     add("--temperatures", type=at_least_0, nargs="+", default=[0.0, 0.5, 0.7, 1.0, 1.2, 1.5],
         help="[0 0.5 0.7 1.0 1.2 1.5]")
     add("--samples", type=count, default=1, help="answers per prompt [1]")
-    add("--top_k", type=natural, default=0, help="most probable tokens to draw from [0: all]")
-    add("--top_p", type=fraction, default=1.0, help="of their probability [1]")
+    add("--top_k", type=natural, default=0, help="draw from the k most probable tokens [0: all]")
+    add("--top_p", type=fraction, default=1.0, help="draw from this share of probability [1]")
     add("--max_new_tokens", type=count, help="[2048; miniature 64]")
     add("--batch_size", type=count, default=128, help="answers written at once per rank [128]")
     add("--dtype", choices=DTYPES, help="of all models [bfloat16 on a GPU, else float32]")
@@ -528,12 +665,17 @@ def parse_args(argv):
     add("--timeout", type=positive, default=3600, help="seconds to wait for another rank [3600]")
     add("--out", help="folder [eval-PROMPTS-JUDGE beside the model's]")
     # fmt: on
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv: list[str]):
+    """Returns all settings. Names that stand for the miniature's files are replaced by paths."""
+    args = flags().parse_args(argv)
     if args.judge == "annotations":
         if not args.annotations:
             raise InputError("--judge annotations needs --annotations FILE")
         name = re.sub(r"\.jsonl?(\.gz)?$", "", Path(args.annotations).name)
-        args.out, args.prompts = args.out or f"out/annotations-{name}", "alpaca_eval"
+        args.out = args.out or f"out/annotations-{name}"
         return args
     if not args.model:
         raise InputError("--model is needed")
@@ -542,52 +684,51 @@ def parse_args(argv):
     if args.judge == "gpt4" and args.prompts != "alpaca_eval":
         raise InputError("--judge gpt4 needs --prompts alpaca_eval")
     if len(set(args.temperatures)) < len(args.temperatures):
-        raise InputError("--temperatures: one is there twice")
-    mini = args.prompts == "mini"
-    if args.seed is None:
-        args.seed = world_of(args.model) if mini else 0
-    args.max_new_tokens = args.max_new_tokens or (miniature.MAX_NEW_TOKENS if mini else 2048)
+        raise InputError("--temperatures: one occurs twice")
     args.dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     if not args.out:
         folder = Path(args.model)
         folder = folder.parent if folder.is_dir() else Path("out") / folder.name
         args.out = str(folder / f"eval-{Path(args.prompts).stem}-{args.judge}")
+    if args.prompts == "mini":
+        from miniature import world  # imported only where it is used
+
+        args.seed = world_of(args.model) if args.seed is None else args.seed
+        args.max_new_tokens = args.max_new_tokens or world.MAX_NEW_TOKENS
+        args.prompts = str(world_folder(args.seed) / "prompts.jsonl")
+        args.baseline = args.baseline or str(world_folder(args.seed) / "model")
+    elif args.prompts == "alpaca_eval" and args.judge != "gpt4":
+        args.baseline = args.baseline or "alpaca_eval"
+    args.seed, args.max_new_tokens = args.seed or 0, args.max_new_tokens or 2048
+    if args.baseline == args.model:
+        args.baseline = None
     return args
 
 
 def world_of(model: str) -> int:
-    """The seed of the world that a run's hf/ was trained in: another world's prompts may be those
-    it was trained on. 0 for any other model."""
+    """Returns the seed of the world that a run's hf/ was trained in, and 0 for any other model.
+
+    Another world's prompts may be among those that the model was trained on.
+    """
     run = read_config(Path(model).parent) or {"seed": 0}
     used = {Path(run[k]).parent for k in ("model", "ref_model", "dataset") if k in run}
-    return run["seed"] if miniature.world(run["seed"]) in used else 0
+    return run["seed"] if world_folder(run["seed"]) in used else 0
 
 
-def find_defaults(args):
-    """Names that stand for files: the miniature's, built at first use, AlpacaEval's baseline."""
-    world = miniature.world(args.seed)
-    if args.prompts == "mini":
-        args.prompts = str(world / "prompts.jsonl")
-        miniature.build_if_used(args.seed, args.prompts)
-        args.baseline = args.baseline or str(world / "model")
-    elif args.prompts == "alpaca_eval" and args.judge not in ("gpt4", "annotations"):
-        args.baseline = args.baseline or str(alpaca_file(args, BASELINE_FILE))
-    if args.baseline == args.model:
-        args.baseline = None
-
-
-def main(argv=None):
+def main(argv: list[str] | None = None):
+    """Runs the program with a command line, by default that of the process."""
     quiet()
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
-        with distributed.session(args.timeout) as device:
-            find_defaults(args)
-            results, scores = evaluate(args, device)
+        miniature = is_miniature(args.prompts, args.seed)
+        with distributed.session(args.timeout, miniature) as device:
+            if args.judge == "annotations":
+                results, scores = annotated(args)
+            else:
+                build_miniature(args, partial(check_input, device=device))
+                results, scores = evaluate(args, device)
             out = Path(args.out)
-            if dist.get_rank() == 0:
-                out.mkdir(parents=True, exist_ok=True)
-                write_synced(out / "scores.jsonl", json_lines(scores))
-                write_synced(out / "results.json", json.dumps(results, indent=1) + "\n")
+            distributed.from_rank_0(lambda: write_results(out, results, scores), "--out")
             print0(f"{table(results)}\nwrote {out}")
     except (InputError, FloatingPointError, OSError) as error:
         refuse("eval_alpaca.py", error)

@@ -5,10 +5,10 @@
     answers = generate(lm, ChatEncoder(tokenizer), conversations, temperature=0.7, seed=0)
     answers[0].text
 
-The randomness of an answer is one uniform number per position, drawn from (seed, prompt, sample)
-alone, so batch size, batch mates and order do not change it: in fp32 on a CPU only a near tie that
-the last bits of the logits decide can come out differently.
-Two models, or two temperatures, meet the same randomness, which makes their comparison sharper.
+The randomness of an answer is one uniform number per position. It depends on seed, prompt and
+sample number alone, so neither the batch size nor the other prompts change an answer. (Only where
+two tokens are nearly tied can the last bits of the logits decide, in float32 on a CPU.) Two models,
+or two temperatures, meet the same randomness, which makes their comparison sharper.
 """
 
 import cpu  # noqa: F401  must come before torch
@@ -29,21 +29,27 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from data import ChatEncoder, InputError, first_line
-from flags import Parser, at_least_0, count, natural
-from policy import read_tokenizer
+import distributed
+from data import ChatEncoder, InputError, input_error_for, user_chat
+from flags import Parser, at_least_0, count, natural, refuse
+from policy import check_model_folder, read_tokenizer
 
-COMPACT_BELOW = 0.75  # share of rows still writing at which the others leave the batch
+COMPACT_BELOW = 0.75  # with a smaller share of unfinished rows, finished ones leave the batch
 
 
 class Answer(NamedTuple):
+    """One answer of a model."""
+
     text: str
-    tokens: int  # with the end of turn, if it came
-    ended: bool  # False: cut off at max_new_tokens
+    tokens: int  # with the end of turn, if there is one
+    ended: bool  # False if the answer was cut off at max_new_tokens
 
 
 def uniforms(seed: int, prompt: list[int], sample: int, n: int) -> np.ndarray:
-    """(n,) numbers in [0, 1), one per position of one answer."""
+    """Returns n numbers in [0, 1), one for each position of an answer.
+
+    prompt is the prompt's token ids, sample the number of the answer among those to this prompt.
+    """
     digest = hashlib.sha256(repr((seed, sample, prompt)).encode()).digest()
     key = int.from_bytes(digest[:16], "little")
     return np.random.Generator(np.random.Philox(key=key)).random(n)
@@ -52,9 +58,12 @@ def uniforms(seed: int, prompt: list[int], sample: int, n: int) -> np.ndarray:
 def pick(
     logits: Tensor, temperature: float, u: Tensor, top_k: int = 0, top_p: float = 1.0
 ) -> Tensor:
-    """logits (B, V), u (B,) in [0, 1) -> tokens (B,): the first whose cumulated probability exceeds
-    u; at temperature 0 the most probable. top_k > 0 leaves the k most probable tokens, top_p < 1
-    then the fewest that reach it together."""
+    """Returns the next token of n answers, (n,), by inverting the cumulated probabilities.
+
+    logits is (n, V), u (n,) in [0, 1). The token is the first whose cumulated probability exceeds
+    u; at temperature 0 it is the most probable one. With top_k > 0 only the k most probable tokens
+    are drawn from, and with top_p < 1 of these only the fewest that together reach that share.
+    """
     if temperature == 0:
         return logits.argmax(-1)
     p = (logits.double() / temperature).softmax(-1)
@@ -67,7 +76,7 @@ def pick(
         ordered[:, 1:][beyond[:, 1:]] = 0  # the most probable one always stays
         p = torch.zeros_like(p).scatter(-1, tokens, ordered)
     cdf = p.cumsum(-1)
-    u = u[:, None] * cdf[:, -1:]  # the sum is 1 but for rounding
+    u = u[:, None] * cdf[:, -1:]  # the last sum is 1 except for rounding
     return torch.searchsorted(cdf, u, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
 
 
@@ -85,17 +94,20 @@ def generate(
     cut_prompts: bool = False,
     top_k: int = 0,
     top_p: float = 1.0,
-    log=None,
+    log: Callable | None = None,
 ) -> list[Answer]:
-    """Answers of a Hugging Face causal LM to conversations that end with a user's turn, prompt by
-    prompt, `samples` for each. log(line) hears of the progress every few seconds. InputError if an
-    answer could run past the model's positions, unless cut_prompts: such a prompt then loses its
-    middle."""
+    """Returns `samples` answers of a Hugging Face causal LM to each conversation, in order.
+
+    conversations end with a user's turn. temperature, top_k and top_p are those of pick. log(line)
+    is told the progress every few seconds. Raises InputError if an answer could run past the
+    model's positions; with cut_prompts a prompt that is too long loses its middle instead.
+    """
     prompts = [encoder.prompt_ids(messages) for messages in conversations]
+    positions = lm.config.max_position_embeddings
     if cut_prompts:
-        room = lm.config.max_position_embeddings - max_new_tokens
+        room = positions - max_new_tokens
         prompts = [p if len(p) <= room else p[: room // 2] + p[room // 2 - room :] for p in prompts]
-    longest, positions = max(map(len, prompts), default=0), lm.config.max_position_embeddings
+    longest = max(map(len, prompts), default=0)
     if longest + max_new_tokens > positions:
         raise InputError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's"
@@ -103,24 +115,25 @@ def generate(
         )
     stop = lm.generation_config.eos_token_id
     stop = {encoder.end_of_turn, *(stop if isinstance(stop, list) else [stop])} - {None}
-    # of one length as far as possible; the longest first, so that what does not fit fails at once
+    # prompts of similar length meet in a batch; the longest come first, so that a lack of memory
+    # shows at once
     jobs = [(p, s) for p in range(len(prompts)) for s in range(samples)]
     jobs.sort(key=lambda job: -len(prompts[job[0]]))
-    written, begin = {}, time.perf_counter()
-    said, n_tokens = begin, 0
+    of_token = partial(pick, temperature=temperature, top_k=top_k, top_p=top_p)
+    written, n_tokens = {}, 0
+    begin = reported = time.perf_counter()
     for first in range(0, len(jobs), batch_size):
         batch = jobs[first : first + batch_size]
         u = np.stack([uniforms(seed, prompts[p], s, max_new_tokens) for p, s in batch])
         u = torch.from_numpy(u).to(lm.device)
-        of_token = partial(pick, temperature=temperature, top_k=top_k, top_p=top_p)
         texts = write_batch(lm, [prompts[p] for p, _ in batch], stop, of_token, u)
         written |= zip(batch, texts, strict=True)
         n_tokens, now = n_tokens + sum(map(len, texts)), time.perf_counter()
-        if log and (now - said > 5 or len(written) == len(jobs)):
+        if log and (now - reported > 5 or len(written) == len(jobs)):
             left = timedelta(seconds=int((now - begin) * (len(jobs) / len(written) - 1)))
             speed = f"{n_tokens / (now - begin):,.0f} tok/s, {left} left"
             log(f"generated {len(written):,} of {len(jobs):,} answers, {speed}")
-            said = now
+            reported = now
     answers = []
     for _, ids in sorted(written.items()):
         ended = ids[-1] in stop
@@ -132,17 +145,22 @@ def generate(
 def write_batch(
     lm: PreTrainedModel, prompts: list[list[int]], stop: set[int], of_token: Callable, u: Tensor
 ) -> list[list[int]]:
-    """Token ids of one answer to each prompt, up to and with the first of `stop`, at most
-    u.shape[1] of them. Prompts are padded on the left, so that all rows write at the right edge of
-    one cache; rows that have ended leave it. (Refilling their places at once, continuous batching,
-    was 10 % slower on the miniature, where its own prefills cost more than empty places.)"""
+    """Returns the token ids of one answer to each of n prompts, the stop token included.
+
+    An answer ends at the first token of `stop`, or has u.shape[1] tokens; u is (n, positions).
+    of_token(logits (n, V), u=(n,)) returns the next tokens. Prompts are padded on the left, so that
+    all rows write at the right edge of one cache. Rows that have ended leave the cache together.
+    (Putting new prompts in their places at once was 10 % slower on the miniature, where a forward
+    over a prompt costs more than empty places do.)
+    """
     width, device = max(map(len, prompts)), lm.device
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
     position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
     cache = DynamicCache(config=lm.config)
-    answers, rows = [[] for _ in prompts], list(range(len(prompts)))  # rows: whose are in the cache
+    # rows holds, for each row of the cache, the number of its prompt
+    answers, rows = [[] for _ in prompts], list(range(len(prompts)))
     for position in range(u.shape[1]):
         out = lm(
             ids,
@@ -170,7 +188,7 @@ def write_batch(
 
 
 def quiet():
-    """No progress bars and warnings of the libraries between our lines."""
+    """Turns off the libraries' progress bars and warnings, which would stand between our lines."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     hub_logging.set_verbosity_error()
@@ -183,24 +201,26 @@ def parse_args(argv: list[str]):
     parser.add_argument("--chat_template", help="a jinja file [the tokenizer's own]")
     parser.add_argument("--temperature", type=at_least_0, default=0.7, help="[0.7]")
     parser.add_argument("--max_new_tokens", type=count, default=128, help="[128]")
-    parser.add_argument("--seed", type=natural, default=0, help="[0]")
+    parser.add_argument("--seed", type=natural, default=0, help="of sampling [0]")
     return parser.parse_args(argv)
 
 
-def main():
+def main(argv: list[str] | None = None):
+    """Runs the program with a command line, by default that of the process."""
     quiet()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        args = parse_args(sys.argv[1:])
-        chats = [[{"role": "user", "content": prompt}] for prompt in args.prompts]
-        settings = {k: getattr(args, k) for k in ("temperature", "max_new_tokens", "seed")}
+        args = parse_args(sys.argv[1:] if argv is None else argv)
+        check_model_folder(args.model)
         encoder = ChatEncoder(read_tokenizer(args.model, args.chat_template))
-        lm = AutoModelForCausalLM.from_pretrained(
-            args.model, dtype="auto", trust_remote_code=False
-        ).to(device)
-        answers = generate(lm, encoder, chats, **settings)
-    except (InputError, OSError, ValueError) as error:
-        sys.exit(f"generate.py: {first_line(error)}")
+        settings = {k: getattr(args, k) for k in ("temperature", "max_new_tokens", "seed")}
+        with distributed.session(timeout=600) as device:  # for the number of threads
+            with input_error_for(f"--model {args.model}"):
+                lm = AutoModelForCausalLM.from_pretrained(
+                    args.model, dtype="auto", trust_remote_code=False
+                ).to(device)
+            answers = generate(lm, encoder, [user_chat(p) for p in args.prompts], **settings)
+    except (InputError, OSError) as error:
+        refuse("generate.py", error)
     for prompt, answer in zip(args.prompts, answers, strict=True):
         print(f"{prompt}\n    {answer.text}")
 

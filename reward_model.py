@@ -6,10 +6,12 @@
     scores = RewardModel("out/reward/hf", device).score(conversations, answers)
 
 The reward of an answer is a linear head's value at the last token of the chat template's text. The
-weights are an AutoModelForSequenceClassification of one label, as published reward models
-(Skywork-Reward-V2-Llama-3.1-8B) are, so those are read as they come.
-Shapes: B pairs, N sequences, T tokens, H hidden.
+weights are those of an AutoModelForSequenceClassification with one label, as published reward
+models have them (Skywork-Reward-V2-Llama-3.1-8B), so such models are read as they are. Shapes as in
+train_ganpo.py: b pairs of a micro-batch, B pairs of a step or data set, N texts of L tokens.
 """
+
+import cpu  # noqa: F401  must come before torch
 
 import sys
 from collections.abc import Callable
@@ -32,71 +34,95 @@ from transformers import (
 
 import attention
 import distributed
-import miniature
 import report
 from checkpoint import (
+    check_out_dir,
     claim_with_config,
     export_policy,
     load_state,
     newest_state,
     save_state,
 )
-from data import (
-    ChatEncoder,
-    InputError,
-    Packed,
-    Triplet,
-    batch_indices,
-    blaming,
-    load_held_out,
-    load_pairs,
-    pack,
-    plan_forwards,
-)
+from data import ChatEncoder, InputError, Triplet, input_error_for, load_held_out, load_pairs
 from distributed import print0
-from flags import DTYPES, Parser, count, fraction, natural, number, positive, refuse
+from flags import (
+    DTYPES,
+    Parser,
+    count,
+    fraction,
+    natural,
+    number,
+    positive,
+    refuse,
+    world_folder,
+)
 from generate import quiet
 from losses import bradley_terry_loss, share_above_0
-from policy import PackedLM, at_least_fp32, load_lm, read_model_config, read_tokenizer
+from packing import Packed, batch_indices, pack, plan_forwards
+from policy import (
+    PackedLM,
+    at_least_fp32,
+    check_model_folder,
+    load_lm,
+    read_model_config,
+    read_tokenizer,
+)
+from settings import build_miniature, is_miniature
 
 COLUMNS = "step loss accuracy lr grad_norm".split()
 
+# ---------------------------------------------------------------------- rewards
+
 
 class RewardLM(PackedLM):
-    """PackedLM with a scalar head at the last token of each sequence."""
+    """PackedLM with a scalar head at the last token of each text."""
 
     auto, settings = AutoModelForSequenceClassification, {"num_labels": 1}
 
-    def forward(self, batch: Packed):
-        """data.Packed -> rewards (2B,): B chosen, then B rejected, in fp32 at least."""
+    def forward(self, batch: Packed) -> Tensor:
+        """Returns rewards (2b,) in float32 or higher: b chosen answers, then b rejected ones."""
         h = super().forward(batch, head=False).h[0]
         last = batch.gather.gather(1, batch.mask.sum(1, keepdim=True) - 1)[:, 0]
         return head(self.model, h[last])
 
 
-def head(model: PreTrainedModel, h: Tensor):
-    """(N, H) -> (N,)"""
-    return at_least_fp32(model.score(h)).sum(-1)  # of one; FSDP2 wants no view
+def head(model: PreTrainedModel, h: Tensor) -> Tensor:
+    """Returns the rewards (N,) of the latents of last tokens, (N, H)."""
+    return at_least_fp32(model.score(h)).sum(-1)  # a sum of one value: FSDP2 allows no view here
+
+
+def read_reward_model(name: str, flag: str = "--reward_model") -> tuple:
+    """Returns ChatEncoder and config of a reward model, a folder or Hub id; reads no weight.
+
+    Raises InputError, which begins with `flag`, if it is not a sequence classifier with one label.
+    """
+    check_model_folder(name, flag)
+    tokenizer = read_tokenizer(name, flag=flag)
+    with input_error_for(f"{flag} {name}"):
+        encoder = ChatEncoder(tokenizer)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if not any("SequenceClassification" in a for a in config.architectures or ()):
+            raise InputError("no reward model (no AutoModelForSequenceClassification)")
+        if config.num_labels != 1:
+            raise InputError(f"no reward model ({config.num_labels} labels, not one)")
+    return encoder, config
 
 
 class RewardModel:
-    """Scores answers with a folder or Hub id. InputError if it is no reward model."""
+    """Scores answers with a reward model, a folder or Hub id. Raises InputError if it is none."""
 
-    def __init__(self, name: str, device: torch.device, dtype=torch.float32):
-        tokenizer = read_tokenizer(name, flag="--reward_model")
-        with blaming(f"--reward_model {name}"):
-            self.encoder = ChatEncoder(tokenizer)
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-            if not any("SequenceClassification" in a for a in config.architectures or ()):
-                raise InputError("no reward model (no AutoModelForSequenceClassification)")
+    def __init__(self, name: str, device: torch.device, dtype: torch.dtype = torch.float32):
+        self.encoder, _ = read_reward_model(name)
+        with input_error_for(f"--reward_model {name}"):
             model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype)
-            if model.num_labels != 1:
-                raise InputError(f"{model.num_labels} labels, not one")
         self.model = model.to(device).eval()
 
     @torch.inference_mode()
     def score(self, conversations: list, answers: list[str], batch_size: int = 32) -> list[float]:
-        """Conversations that end with a user's turn, an answer to each -> rewards."""
+        """Returns the reward of each answer; conversations end with a user's turn.
+
+        A text that is longer than the model's positions loses its end.
+        """
         limit = self.model.config.max_position_embeddings
         texts = [
             self.encoder.whole(messages, self.encoder.plain(answer))[:limit]
@@ -113,9 +139,11 @@ class RewardModel:
         return rewards
 
 
-def hidden_states(model: PreTrainedModel, texts: list[list[int]]):
-    """Token ids through a Hugging Face model's trunk, padded on the right -> after the final norm
-    (N, T, H), and the mask (N, T) bool."""
+def hidden_states(model: PreTrainedModel, texts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Returns the latents (N, L, H) of N texts, after the final norm, and their mask (N, L), bool.
+
+    texts are token ids; they are padded on the right. model is a Hugging Face model with any head.
+    """
     lengths = torch.tensor([len(ids) for ids in texts], device=model.device)
     width = int(lengths.max())
     ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in texts], device=model.device)
@@ -128,18 +156,19 @@ def hidden_states(model: PreTrainedModel, texts: list[list[int]]):
 
 
 def with_tail(triplets: list[Triplet], encoder: ChatEncoder) -> list[Triplet]:
-    """Whole answers with what the template puts after the end of turn, as in RewardModel.score."""
+    """Returns triplets whose whole answers have what the template puts after the end of turn.
+
+    RewardModel.score reads the same text. An answer that was cut off has no end of turn and stays.
+    """
 
     def add(ids):
-        return np.append(ids, encoder.tail).astype(ids.dtype) if whole(ids) else ids
-
-    def whole(ids):
-        return encoder.tail and ids[-1] == encoder.end_of_turn
+        whole = encoder.tail and ids[-1] == encoder.end_of_turn
+        return np.append(ids, encoder.tail).astype(ids.dtype) if whole else ids
 
     return [t._replace(chosen=add(t.chosen), rejected=add(t.rejected)) for t in triplets]
 
 
-def plain_loss(chosen: Tensor, rejected: Tensor, rows: tuple):
+def plain_loss(chosen: Tensor, rejected: Tensor, rows: tuple) -> Tensor:
     return bradley_terry_loss(chosen, rejected)
 
 
@@ -151,34 +180,27 @@ def fit(
     out_dir: Path,
     pair_loss: Callable = plain_loss,
 ):
-    """--epochs of Adam on the mean of pair_loss(rewards of chosen, of rejected, rows of the data),
-    (b,) each; logs, saves states, and takes up the newest one of out_dir."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+    """Trains a RewardLM for --epochs with AdamW on the mean of pair_loss over the pairs of a step.
+
+    pair_loss(chosen (b,), rejected (b,), rows) returns (b,); it is given rewards and the pairs' row
+    numbers. Writes metrics.csv and states to out_dir, and continues from its newest state. Raises
+    FloatingPointError if loss or gradient is not finite.
+    """
     optimizer = torch.optim.AdamW(lm.parameters(), args.lr, weight_decay=0.0, fused=True)
-    players = lm, optimizer, None, None
+    trained = distributed.Trained(lm, optimizer, None, None)
     steps = args.epochs * (len(triplets) // args.batch_size)
     manifest = newest_state(out_dir)
     start = manifest["step"] if manifest else 0
     if start:
-        load_state(out_dir, manifest, *players)
+        load_state(out_dir, manifest, trained)
         print0(f"resumed after step {start}")
     schedule = get_cosine_schedule_with_warmup(optimizer, int(args.warmup * steps), steps)
     (share,) = schedule.lr_lambdas  # of the peak, as a function of the step
     table = report.Table(out_dir / "metrics.csv", COLUMNS, start)
     for step in range(start, steps):
-        sums = torch.zeros(2, dtype=torch.float64, device=device)
         order = batch_indices(step, len(triplets), args.batch_size, args.seed)
-        pairs = [triplets[i] for i in order]
-        for part in plan_forwards(pairs, world, args.micro_batch_size, args.micro_tokens):
-            batch = pack(part[rank]).to(device)
-            chosen, rejected = lm(batch).chunk(2)
-            losses = pair_loss(chosen, rejected, batch.rows)
-            (losses.sum() * world / args.batch_size).backward()  # FSDP2 averages over ranks
-            won = share_above_0(chosen - rejected)
-            sums += torch.stack([losses, won]).detach().double().sum(1)
-        norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), args.grad_clip).full_tensor()
-        dist.all_reduce(sums)
-        (loss, accuracy), norm = (sums / args.batch_size).tolist(), norm.item()
+        loss, accuracy = backward(lm, [triplets[i] for i in order], args, device, pair_loss)
+        norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), args.grad_clip).full_tensor().item()
         if not np.isfinite(loss + norm):
             raise FloatingPointError(f"step {step + 1}: loss {loss}, gradient {norm}")
         lr = args.lr * share(step)
@@ -192,17 +214,41 @@ def fit(
             print0(f"{done:>5}/{steps} loss {loss:.4f} accuracy {accuracy:.2f} grad {norm:.1e}")
         if args.save_every and done % args.save_every == 0:
             table.sync()
-            save_state(out_dir, done, args.keep, *players)
+            save_state(out_dir, done, args.keep, trained)
+
+
+def backward(
+    lm: torch.nn.Module, pairs: list[Triplet], args, device: torch.device, pair_loss: Callable
+) -> list[float]:
+    """Adds the gradient of a step's mean loss; returns that loss and the accuracy.
+
+    pairs are those of all ranks. Equal rewards count 1/2 in the accuracy.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for part in plan_forwards(pairs, world, args.micro_batch_size, args.micro_tokens):
+        batch = pack(part[rank]).to(device)
+        chosen, rejected = lm(batch).chunk(2)
+        losses = pair_loss(chosen, rejected, batch.rows)
+        (losses.sum() * world / args.batch_size).backward()  # FSDP2 averages over ranks
+        won = share_above_0(chosen - rejected)
+        sums += torch.stack([losses, won]).detach().double().sum(1)
+    dist.all_reduce(sums)
+    return (sums / args.batch_size).tolist()
 
 
 @torch.no_grad()
 def margins(lm: torch.nn.Module, triplets: list[Triplet], args, device: torch.device) -> Tensor:
-    """reward(chosen) - reward(rejected) of every pair, in order, on all ranks, (B,) float64."""
+    """Returns reward(chosen) - reward(rejected) of all pairs in order, on all ranks, (B,) float64.
+
+    Row numbers of the triplets have to differ.
+    """
     index = {t.row: i for i, t in enumerate(triplets)}
     found = torch.zeros(len(triplets), dtype=torch.float64, device=device)
     ranks, rank = dist.get_world_size(), dist.get_rank()
     for part in plan_forwards(triplets, ranks, args.micro_batch_size, args.micro_tokens):
-        batch = pack(part[rank] or triplets[:1]).to(device)  # a forward is collective
+        # every rank runs every forward, so one without pairs repeats the first
+        batch = pack(part[rank] or triplets[:1]).to(device)
         chosen, rejected = lm(batch).chunk(2)
         if part[rank]:
             found[[index[row] for row in batch.rows]] = (chosen - rejected).double()
@@ -210,7 +256,10 @@ def margins(lm: torch.nn.Module, triplets: list[Triplet], args, device: torch.de
     return found
 
 
-def parse_args(argv):
+# ---------------------------------------------------------------------- the program
+
+
+def parse_args(argv: list[str]):
     # fmt: off
     parser = Parser("reward_model.py", __doc__)
     add = parser.add_argument
@@ -219,10 +268,10 @@ def parse_args(argv):
     add("--split", default="train", help="[train]")
     add("--eval_split", help="held-out split or file [the miniature's; none for own data]")
     add("--chat_template", help="a jinja file [the tokenizer's own]")
-    add("--max_length", type=number(int, 2), help="[2048; miniature 256]")
+    add("--max_length", type=number(int, 2), help="of prompt + response [2048; miniature 256]")
     add("--lr", type=positive, default=1e-3, help="[1e-3, for the miniature; 2B: about 1e-5]")
     add("--warmup", type=fraction, default=0.1, help="share of steps, then cosine to 0 [0.1]")
-    add("--grad_clip", type=positive, default=1.0, help="[1]")
+    add("--grad_clip", type=positive, default=1.0, help="norm of the gradient [1]")
     add("--epochs", type=count, default=1, help="[1]")
     add("--batch_size", type=count, default=32, help="pairs per step over all ranks [32]")
     add("--micro_batch_size", type=count, default=8, help="pairs per forward and rank [8]")
@@ -237,13 +286,33 @@ def parse_args(argv):
     add("--out_dir", default="out/reward", help="[out/reward]")
     # fmt: on
     args = parser.parse_args(argv)
-    world = miniature.world(args.seed)
+    world = world_folder(args.seed)
     if args.dataset is None and args.eval_split is None:
         args.eval_split = str(world / "test.jsonl")
-    args.max_length = args.max_length or (2048 if args.dataset else 256)
+    own = args.model is not None and args.dataset is not None
+    args.max_length = args.max_length or (2048 if own else 256)
     args.model = args.model or str(world / "model")
     args.dataset = args.dataset or str(world / "train.jsonl")
     return args
+
+
+def check_input(args) -> tuple:
+    """Checks everything that can be refused before a weight is read.
+
+    Returns config, tokenizer, data and held-out data (None without --eval_split). Raises
+    InputError. Nothing here communicates between ranks.
+    """
+    check_out_dir(args)
+    distributed.check_batch_size(args.batch_size)
+    config = read_model_config(args.model, args.max_length)
+    tokenizer = read_tokenizer(args.model, args.chat_template)
+    length = args.max_length - len(ChatEncoder(tokenizer).tail)
+    data = load_pairs(args.dataset, args.split, tokenizer, length, print0)
+    if len(data.triplets) < args.batch_size:
+        fewer = f"fewer pairs than --batch_size {args.batch_size}"
+        raise InputError(f"{args.dataset}: {fewer}: {data.summary()}")
+    held_out = load_held_out(args, tokenizer, length, print0) if args.eval_split else None
+    return config, tokenizer, data, held_out
 
 
 def learn(
@@ -254,54 +323,53 @@ def learn(
     held_out: list[Triplet] | None,
     device: torch.device,
     pair_loss: Callable = plain_loss,
-):
-    """A reward model in --out_dir from --model, fitted to triplets -> its margins on held_out's, or
-    None."""
+) -> Tensor | None:
+    """Trains a reward model from --model on triplets and writes it to hf/ in --out_dir.
+
+    Returns its margins on the held-out pairs, (B,), or None without such pairs. pair_loss is that
+    of fit().
+    """
     out_dir, dtype, encoder = Path(args.out_dir), DTYPES[args.dtype], ChatEncoder(tokenizer)
     loader = partial(
         load_lm, args.model, torch.promote_types(dtype, torch.float32), args.checkpointing,
         attention.choose("auto", config, device, dtype), wrapper=RewardLM,
     )  # fmt: skip
-    torch.manual_seed(args.seed)  # the head's start
+    torch.manual_seed(args.seed)  # the new head is drawn at random
     mesh = distributed.make_mesh(device)
     lm = distributed.load_sharded(loader, mesh, device, dtype, f"--model {args.model}:")
-    lm.model.config.pad_token_id = tokenizer.pad_token_id  # for those who pad
+    lm.model.config.pad_token_id = tokenizer.pad_token_id  # for programs that pad
     fit(lm, with_tail(triplets, encoder), args, device, out_dir, pair_loss)
     found = None
     if held_out:
         found = margins(lm, with_tail(held_out, encoder), args, device)
-        accuracy, loss = (
-            share_above_0(found).mean(),
-            bradley_terry_loss(found, 0 * found).mean(),
-        )
+        accuracy = share_above_0(found).mean()
+        loss = bradley_terry_loss(found, 0 * found).mean()
         print0(f"held out: {len(found)} pairs, loss {loss:.4f}, accuracy {accuracy:.3f}")
     export_policy(lm, tokenizer, out_dir / "hf")
     return found
 
 
 def train(args, device: torch.device, stack: ExitStack):
-    miniature.build_if_used(args.seed, args.model, args.dataset)
-    distributed.check_batch_size(args.batch_size)
-    config = read_model_config(args.model, args.max_length)
-    tokenizer = read_tokenizer(args.model, args.chat_template)
-    length = args.max_length - len(ChatEncoder(tokenizer).tail)
-    data = load_pairs(args.dataset, args.split, tokenizer, length, print0)
-    if len(data.triplets) < args.batch_size:
-        raise InputError(f"{args.dataset}: fewer pairs than --batch_size: {data.summary()}")
+    """Runs the program; the stack holds the lock of --out_dir. Raises InputError or
+    FloatingPointError with one line for the user."""
+    build_miniature(args, check_input)
+    config, tokenizer, data, held_out = check_input(args)
     print0(f"data: {data.summary()}")
-    held_out = load_held_out(args, tokenizer, length, print0).triplets if args.eval_split else None
     steps = args.epochs * data.steps(args.batch_size)
     claim_with_config(args, stack, data.fingerprint, total_steps=steps)
-    learn(args, config, tokenizer, data.triplets, held_out, device)
+    learn(args, config, tokenizer, data.triplets, held_out and held_out.triplets, device)
     print0(f"wrote {args.out_dir}/hf")
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None):
+    """Runs the program with a command line, by default that of the process."""
     quiet()
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
+        miniature = is_miniature(args.model, args.seed)
         with ExitStack() as stack:
-            train(args, stack.enter_context(distributed.session(args.timeout)), stack)
+            device = stack.enter_context(distributed.session(args.timeout, miniature))
+            train(args, device, stack)
     except (InputError, FloatingPointError, OSError) as error:
         refuse("reward_model.py", error)
 

@@ -8,7 +8,6 @@ and math.exp. Numbers are float64 unless the claim is about another precision.
 
 import copy
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,17 +25,19 @@ from losses import (
     implicit_rewards,
     ipo_loss,
     latent_mse,
+    logged_rewards,
     opo_loss,
     relativistic_bce,
     sft_loss,
     simpo_loss,
+    with_settings,
 )
 
 B, H = 5, 6  # pairs; width of the latents
-ARGS = SimpleNamespace(beta=0.3, gamma_beta_ratio=0.5)
+SETTINGS = {"beta": 0.3, "gamma_beta_ratio": 0.5}
 both_kinds = pytest.mark.parametrize("kind", ["transformer", "mlp"])
-GAMES = ("minimax", "nonsaturating")
-both_games = pytest.mark.parametrize("game", GAMES)
+ADV_LOSSES = ("minimax", "nonsaturating")
+both_adv_losses = pytest.mark.parametrize("adv_loss", ADV_LOSSES)
 
 
 @pytest.fixture(autouse=True)
@@ -115,10 +116,10 @@ UNDER_TEST = {  # the functions of the same arguments
     "simpo": lambda w, lo, *_: simpo_loss(w, lo, 0.3, 0.5),
     "sft": lambda w, *_: sft_loss(w),
     "bce": relativistic_bce,
-    **{game: lambda r, t, x, y, game=game: generator_loss(t, x, game) for game in GAMES},
+    **{kind: lambda r, t, x, y, kind=kind: generator_loss(t, x, kind) for kind in ADV_LOSSES},
     **{
-        game + ", both terms": lambda r, t, x, y, game=game: generator_loss(t, x, game, r, y)
-        for game in GAMES
+        kind + ", both terms": lambda r, t, x, y, kind=kind: generator_loss(t, x, kind, r, y)
+        for kind in ADV_LOSSES
     },
 }
 preference = pytest.mark.parametrize("name", PREFERENCE)
@@ -200,22 +201,24 @@ def test_the_gradient_under_batch_means_is_the_central_difference_of_the_equatio
         check_close(actual[i], rise / 2e-5, atol=1e-9)
 
 
-@both_games
-def test_both_games_pull_equally_where_the_policy_scores_the_reference_mean(game):
+@both_adv_losses
+def test_both_games_pull_equally_where_the_policy_scores_the_reference_mean(adv_loss):
     s_ref, s = constant(0.7), constant(0.7).requires_grad_()
-    check_close(gradient(generator_loss(s, s_ref.mean(), game), s), [-1 / 2 / B] * B)
-    check_close(gradient(generator_loss(s, s_ref.mean(), game, s_ref, s.mean()), s), [-1 / B] * B)
+    check_close(gradient(generator_loss(s, s_ref.mean(), adv_loss), s), [-1 / 2 / B] * B)
+    check_close(
+        gradient(generator_loss(s, s_ref.mean(), adv_loss, s_ref, s.mean()), s), [-1 / B] * B
+    )
 
 
-@both_games
-def test_the_policy_loss_falls_wherever_its_score_rises(game):
+@both_adv_losses
+def test_the_policy_loss_falls_wherever_its_score_rises(adv_loss):
     s_ref, noise = draw(2)
     for start in range(-10, 11):
         s = (start + noise).requires_grad_()
-        alone = generator_loss(s, s_ref.mean(), game)
-        both = generator_loss(s, s_ref.mean(), game, s_ref, s.mean())
+        alone = generator_loss(s, s_ref.mean(), adv_loss)
+        both = generator_loss(s, s_ref.mean(), adv_loss, s_ref, s.mean())
         assert (gradient(alone, s) < 0).all() and (gradient(both, s) < 0).all()
-        assert generator_loss(s + 0.1, s_ref.mean(), game) < alone
+        assert generator_loss(s + 0.1, s_ref.mean(), adv_loss) < alone
 
 
 # ---------------------------------------------------------------------- known values, symmetries
@@ -282,7 +285,7 @@ def test_float64_is_right_to_its_last_digits_where_the_losses_bend(x):
 
 # far to the left of 0, log(1 + e^x) and its slope are e^x; far to the right, x and 1
 @pytest.mark.parametrize(
-    "game, far, value, slope",
+    "adv_loss, far, value, slope",
     [
         ("minimax", 400.0, -400.0, -1.0),
         ("minimax", -400.0, -math.exp(-400), -math.exp(-400)),
@@ -290,9 +293,9 @@ def test_float64_is_right_to_its_last_digits_where_the_losses_bend(x):
         ("nonsaturating", -400.0, 400.0, -1.0),
     ],
 )
-def test_far_scores_follow_their_asymptotes(game, far, value, slope):
+def test_far_scores_follow_their_asymptotes(adv_loss, far, value, slope):
     s, mu_ref = constant(far).requires_grad_(), torch.zeros((), dtype=torch.float64)
-    loss = generator_loss(s, mu_ref, game)
+    loss = generator_loss(s, mu_ref, adv_loss)
     check_close(loss, value, atol=0)
     check_close(gradient(loss, s), [slope / B] * B, atol=0)
 
@@ -308,7 +311,7 @@ def test_registered_losses_take_sums_and_divide_by_the_lengths_where_they_need_m
     if not needs_ref:
         w, lo = w / lengths[0], lo / lengths[1]
     expected = [PREFERENCE[name](*pair) for pair in torch.stack([w, lo, *ref], 1).tolist()]
-    check_close(OPO_LOSSES[name](lp, ARGS), expected)
+    check_close(with_settings(name, SETTINGS)(lp), expected)
 
 
 def test_the_losses_on_offer_say_whether_they_need_the_reference():
@@ -316,16 +319,38 @@ def test_the_losses_on_offer_say_whether_they_need_the_reference():
     assert marks.items() >= {"dpo": True, "ipo": True, "simpo": False, "sft": False}.items()
 
 
-def test_a_loss_of_ones_own_is_offered_under_its_name():
-    @opo_loss("hinge", needs_ref=False)
-    def hinge(lp, args):
-        return (args.beta - (lp.logp_chosen - lp.logp_rejected)).clamp(min=0)
+def test_a_setting_that_is_not_given_keeps_the_default_that_stands_beside_its_loss():
+    assert OPO_LOSSES["dpo"].defaults == OPO_LOSSES["ipo"].defaults == {"beta": 0.1}
+    assert OPO_LOSSES["simpo"].defaults == {"beta": 10.0, "gamma_beta_ratio": 0.5}
+    lp, ones = LogProbs(*draw(4, 3.0), None, None), torch.ones(B)
+    check_close(with_settings("dpo", {})(lp), dpo_loss(*lp[:4], 0.1))
+    check_close(with_settings("ipo", {"beta": None, "lr": 1.0})(lp), ipo_loss(*lp[:4], 0.1))
+    lp = lp._replace(length_chosen=ones, length_rejected=ones)
+    check_close(with_settings("simpo", {"beta": 2.0})(lp), simpo_loss(*lp[:2], 2.0, 0.5))
 
-    registered = OPO_LOSSES.pop("hinge")  # and removed again, for the other tests
-    assert registered is hinge and registered.needs_ref is False
+
+def test_a_loss_of_ones_own_is_offered_under_its_name():
+    @opo_loss("hinge", needs_ref=False, margin=1.0)
+    def hinge(lp, margin):
+        return (margin - (lp.logp_chosen - lp.logp_rejected)).clamp(min=0)
+
+    try:
+        assert OPO_LOSSES["hinge"] == (hinge, False, {"margin": 1.0})
+        loss = with_settings("hinge", {"margin": 0.3})
+    finally:
+        del OPO_LOSSES["hinge"]  # for the other tests
     w, lo = draw(2)
     expected = [max(0.0, 0.3 - (a - b)) for a, b in zip(w.tolist(), lo.tolist(), strict=True)]
-    check_close(registered(LogProbs(w, lo, None, None, None, None), ARGS), expected)
+    check_close(loss(LogProbs(w, lo, None, None, None, None)), expected)
+
+
+def test_logged_rewards_are_dpos_with_a_reference_and_simpos_without():
+    lp = LogProbs(*draw(4, 3.0), torch.arange(1, B + 1), torch.arange(2, B + 2))
+    with_ref = torch.stack(logged_rewards(lp, True, 0.3))
+    check_close(with_ref, torch.stack(implicit_rewards(*lp[:4], 0.3)))
+    chosen, rejected = logged_rewards(lp._replace(ref_logp_chosen=None), False, 0.3)
+    check_close(chosen, [0.3 * w / n for n, w in enumerate(lp.logp_chosen.tolist(), 1)])
+    check_close(rejected, [0.3 * lo / n for n, lo in enumerate(lp.logp_rejected.tolist(), 2)])
 
 
 def test_generator_loss_refuses_another_kind_and_half_of_the_batch_means():
@@ -562,13 +587,13 @@ def test_running_means_and_spectral_norms_are_restored_exactly_from_the_state_di
 
 
 @both_kinds
-@both_games
-def test_the_policy_loss_passes_a_frozen_critic_and_reaches_the_policy_latents_only(kind, game):
+@both_adv_losses
+def test_the_policy_loss_passes_a_frozen_critic_and_reaches_the_policy_latents_only(kind, adv_loss):
     disc, (h_ref, mask) = critic(kind).requires_grad_(False), latents()
     h_ref, h_theta = h_ref.requires_grad_(), torch.randn_like(h_ref).requires_grad_()
     s_ref, s_theta = disc(h_ref, mask), disc(h_theta, mask)
     disc.update_means(s_ref, s_theta, s_ref)  # from scores with a graph, yet constants
-    generator_loss(s_theta, disc.means()[0], game).backward()
+    generator_loss(s_theta, disc.means()[0], adv_loss).backward()
     assert (h_theta.grad[mask == 1] != 0).all() and (h_theta.grad[mask == 0] == 0).all()
     assert h_ref.grad is None and all(p.grad is None for p in disc.parameters())
 

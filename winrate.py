@@ -1,8 +1,9 @@
 """Win rates, their errors, and AlpacaEval 2's control for length: numbers in, numbers out.
 
-A score row, as eval_alpaca.py writes it, is a dict of one answer: prompt (its number), length and
-length_baseline in characters, and what a judge has given, absent or None where it gives none: win
-against the baseline (1, 0, or a half), score, strict, loose.
+A score row, as eval_alpaca.py writes it, is a dict about one answer: prompt (the prompt's number),
+length and length_baseline (characters of the two answers), and what a judge has given: win against
+the baseline (1, 0, or 1/2 for a tie), score, strict and loose. A key that the judge has no value
+for is absent or None.
 """
 
 from collections.abc import Callable
@@ -19,14 +20,22 @@ L1 = 0.37
 
 
 def standard_error(values: np.ndarray) -> np.ndarray:
-    """Of the mean of independent values (n, ...) over the first axis; 0 where there is but one."""
+    """Returns the standard error of the mean over the first axis of values (n, ...).
+
+    The n values are independent. A single value gives 0.
+    """
     n = len(values)
     return values.std(0, ddof=1) / n**0.5 if n > 1 else 0 * values[0]
 
 
-def mean_and_error(rows: list[dict], key: str, scale: float = 1.0):
-    """Mean of a key over the answers, and its standard error over the prompts; None, None where no
-    row has it."""
+def mean_and_error(
+    rows: list[dict], key: str, scale: float = 1.0
+) -> tuple[float | None, float | None]:
+    """Returns mean and standard error of a key of score rows, both times scale.
+
+    The answers to one prompt are averaged first, so the error is that over prompts. Rows without
+    the key are left out; if no row has it, both numbers are None.
+    """
     values = {}
     for row in rows:
         if row.get(key) is not None:
@@ -43,18 +52,24 @@ def length_controlled(
     difficulty: np.ndarray | None = None,
     gamed: tuple | None = None,
 ) -> float:
-    """AlpacaEval 2's length-controlled win rate, in percent: a logistic model of the preference,
-    without intercept, and its prediction at no difference in length.
+    """Returns AlpacaEval 2's length-controlled win rate, in percent (arXiv 2404.04475).
 
-    win (n,) in [0, 1]; delta (n,), the baseline's length minus the model's. For AlpacaEval's own
-    judge and baseline: difficulty (n,) of the instructions, and gamed, the answers (x (m, 3),
-    win (m,)) of two models that play with length, at a weight of 0.2 / 2 each. Without those the
-    terms are the length's and a constant."""
+    A logistic model without intercept is fitted to the preferences; the rate is its mean prediction
+    for answers that are as long as the baseline's.
+
+    win         (n,) preference for the model, in [0, 1]
+    delta       (n,) length of the baseline's answer minus length of the model's, in characters
+    difficulty  (n,) of the instructions, known for AlpacaEval's own judge and baseline
+    gamed       features (m, 3) and preferences (m,) of the baseline's own model when it was told to
+                be verbose or concise; AlpacaEval adds them to every fit, each with weight 0.2 / 2
+
+    Without difficulty the model has a term for length and a constant.
+    """
     n, spread = len(win), delta.std(ddof=1) if len(delta) > 1 else 0.0
-    terms = [np.tanh(delta / spread) if spread else 0.0 * delta, np.ones(n)]
+    features = [np.tanh(delta / spread) if spread else 0.0 * delta, np.ones(n)]
     if difficulty is not None:
-        terms.insert(1, difficulty)
-    x, y, weight = np.stack(terms, 1), win, np.ones(n)
+        features.insert(1, difficulty)
+    x, y, weight = np.stack(features, 1), win, np.ones(n)
     if gamed is not None:
         x, y = np.concatenate([x, gamed[0]]), np.concatenate([y, gamed[1]])
         weight = np.concatenate([weight, np.full(len(gamed[1]), 0.2 / 2)])
@@ -63,8 +78,11 @@ def length_controlled(
 
 
 def logistic_regression(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """x (n, k), y (n,) in [0, 1] -> the b (k,) that minimises sum weight * cross-entropy + L1 |b|,
-    by accelerated proximal steps."""
+    """Returns the b (k,) that minimises sum_i weight_i cross_entropy(y_i, sigmoid(x_i b)) + L1 |b|.
+
+    x is (n, k), y (n,) in [0, 1], weight (n,). The method is proximal gradient descent with
+    Nesterov's acceleration (FISTA). Raises FloatingPointError if it does not converge.
+    """
     step = 4 / np.linalg.eigvalsh((x * weight[:, None]).T @ x)[-1]
     b, ahead, t = np.zeros(x.shape[1]), np.zeros(x.shape[1]), 1.0
     for _ in range(100_000):
@@ -77,12 +95,16 @@ def logistic_regression(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> np.
     raise FloatingPointError("the length-controlled fit has not converged")
 
 
-def sigmoid(z: np.ndarray):
+def sigmoid(z: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-z))
 
 
 def summary(rows: list[dict], control: Callable = length_controlled, **settings) -> dict:
-    """results.json's row: the answers of one model at one temperature."""
+    """Returns a row of results.json: the answers of one model at one temperature.
+
+    rows are score rows. control(win (n,), delta (n,)) gives the length-controlled win rate in
+    percent. settings are the columns that do not follow from rows, such as model and judge.
+    """
     result = dict.fromkeys(RESULT_COLUMNS) | settings | {"n": len({r["prompt"] for r in rows})}
     for name, key, scale in (
         ("win_rate", "win", 100),
@@ -102,7 +124,7 @@ def summary(rows: list[dict], control: Callable = length_controlled, **settings)
 
 
 def table(results: list[dict]) -> str:
-    """The terminal's: rate, error, length-controlled rate, score, length and n together."""
+    """Returns rows of results.json as a table for the terminal."""
 
     def show(row, key, places, width):
         if row[key] is None:

@@ -1,22 +1,27 @@
 """APO (arXiv 2311.08045): a game between a reward model and an LLM, played in rounds.
 
-    python train_apo.py                                # three rounds on the miniature, and controls
-    python train_apo.py --aligner ganpo                # the LLM's step is GANPO's
-    torchrun train_apo.py --model M --golden G --human H --held_out T --dtype bfloat16
+    python -m apo.train_apo                      # three rounds in the miniature, with two controls
+    python -m apo.train_apo --aligner ganpo      # the LLM's step is one of GANPO
+    torchrun -m apo.train_apo --model M --golden G --human H --held_out T --dtype bfloat16
 
     min over r, max over pi:  E_{y ~ pi} r(x, y) - E_{y ~ gold} r(x, y)
 
-A round: the LLM answers every prompt --samples times; the reward model starts again from its base
-and learns L_RM = L_BT(human pairs) + w L_BT(golden answer above each sample); the LLM moves towards
-what it scores high, by an offline aligner. The paper bounds the divergence of both: of the reward
-model by the human pairs, of the LLM by the aligner. No new human label is needed as the LLM's
-answers change.
+x is a prompt, y an answer, r the reward, pi the LLM. In a round the LLM writes --samples answers to
+every prompt. The reward model starts again from its base and is trained on human pairs, with
 
-What follows `--` goes to train_ganpo.py, which takes the LLM's steps. Writes to --out_dir start/
-and start.log, where the LLM begins; for each variant and round log, answers/, reward/, pairs.jsonl,
-policy/ (a run of train_ganpo.py), eval/ and round.json; and rounds.csv. With --resume what is
-finished is not done again.
+    L_RM = L_BT(human pairs) + w L_BT(golden answer above each sample)
+
+Then the LLM moves towards answers of high reward by an offline method (--aligner). The paper bounds
+both divergences: that of the reward model by the human pairs, that of the LLM by the aligner. No
+new human label is needed as the LLM's answers change.
+
+Flags after `--` go to train_ganpo.py, which takes the LLM's steps. --out_dir receives start/ and
+start.log (the LLM before the first round), for each variant and round a folder with log, answers/,
+reward/, pairs.jsonl, policy/ (a run of train_ganpo.py), eval/ and round.json, and rounds.csv. With
+--resume a game continues after what is finished. Shapes: b pairs of a micro-batch.
 """
+
+import cpu  # noqa: F401  must come before torch
 
 import hashlib
 import json
@@ -26,6 +31,7 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -35,35 +41,50 @@ import torch
 from torch import Tensor
 
 import distributed
-import miniature
 import report
 import reward_model
 import train_ganpo
-from checkpoint import claim_with_config, write_synced
+from checkpoint import check_out_dir, claim_with_config, write_synced
 from data import (
     SURROGATE,
     ChatEncoder,
     InputError,
     RowFault,
+    Triplet,
     counts,
+    input_error_for,
     json_lines,
     load_pairs,
     read_rows,
+    user_chat,
 )
 from distributed import print0, share_out
 from eval_alpaca import Prompt, Writer, judge_mini
-from flags import DTYPES, Parser, at_least_0, count, fraction, natural, number, positive, refuse
+from flags import (
+    DTYPES,
+    Parser,
+    at_least_0,
+    count,
+    fraction,
+    natural,
+    number,
+    positive,
+    refuse,
+    world_folder,
+)
 from generate import quiet
 from losses import bradley_terry_loss
+from miniature.world import read_tasks
 from policy import read_model_config, read_tokenizer
 from reward_model import RewardModel
+from settings import build_miniature, is_miniature
 from settings import parse_args as parse_ganpo_args
 from winrate import mean_and_error
 
-VARIANTS = {  # which pairs the reward model learns from
+VARIANTS = {  # the pairs that each variant's reward model learns from
     "apo": ("human", "game"),
-    "frozen": ("human",),  # in the first round, and never again: plain rejection sampling
-    "gail": ("game",),  # no human pairs, the paper's GAIL
+    "frozen": ("human",),  # only in the first round: plain rejection sampling
+    "gail": ("game",),  # without human pairs, the paper's GAIL
 }
 COLUMNS = (
     "variant round rm_acc rm_ece strict_acc strict_acc_se mean_score mean_score_se sampled_acc"
@@ -75,13 +96,16 @@ COLUMNS = (
 
 
 def difference_loss(reward_golden: Tensor, reward_sample: Tensor) -> Tensor:
-    """--apo_loss difference, the WGAN form: r(sample) - r(golden)  ->  (B,)"""
+    """--apo_loss difference, the form of a WGAN: reward_sample - reward_golden, (b,)."""
     return reward_sample - reward_golden
 
 
-def pair_loss(n_human: int, weight: float, form: str):
-    """reward_model.fit's loss, of data whose first n_human rows are human pairs: Bradley-Terry for
-    these, weight 1; for the game's, which follow, `form` times `weight` [choice 18]."""
+def pair_loss(n_human: int, weight: float, form: str) -> Callable:
+    """Returns the loss for reward_model.fit, where the first n_human rows are human pairs.
+
+    These have the Bradley-Terry loss. The others are pairs of the game, and theirs is the loss that
+    `form` names, ranking (Bradley-Terry) or difference, times weight [choice 18].
+    """
     of_game = {"ranking": bradley_terry_loss, "difference": difference_loss}[form]
 
     def loss(chosen, rejected, rows):
@@ -93,10 +117,13 @@ def pair_loss(n_human: int, weight: float, form: str):
 
 
 def accuracy_and_ece(margins, bins: int = 10) -> tuple[float, float]:
-    """Margins reward(chosen) - reward(rejected) of held-out pairs -> share of them above 0, ties
-    1/2; and the expected calibration error: |share of right choices - mean confidence| of the model
-    that chooses the higher reward with confidence sigma(|margin|), over `bins` equal bins of
-    confidence between 1/2 and 1, weighted by size."""
+    """Returns accuracy and expected calibration error (ECE) of a reward model, both in [0, 1].
+
+    margins are reward(chosen) - reward(rejected) of held-out pairs, (n,). The accuracy is the share
+    of margins above 0; a margin of 0 counts 1/2. The model chooses the answer of higher reward with
+    confidence sigma(|margin|). ECE is the mean of |accuracy - mean confidence| over `bins` bins of
+    equal width between the confidences 1/2 and 1, weighted by their numbers of pairs.
+    """
     margins = np.asarray(margins)
     right = np.heaviside(margins, 0.5)
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
@@ -109,7 +136,7 @@ def accuracy_and_ece(margins, bins: int = 10) -> tuple[float, float]:
 
 
 def best_and_worst(texts: list[str], rewards: list[float]) -> tuple[str, str]:
-    """Best of n by reward, and the worst; the first of equal ones."""
+    """Returns the texts of highest and of lowest reward, the first ones among equals."""
     best = max(range(len(texts)), key=lambda i: rewards[i])
     worst = min(range(len(texts)), key=lambda i: rewards[i])
     return texts[best], texts[worst]
@@ -119,19 +146,25 @@ def best_and_worst(texts: list[str], rewards: list[float]) -> tuple[str, str]:
 
 
 def read_golden(path: str) -> dict[str, str]:
-    """prompt -> golden answer, the first of a prompt that is there twice."""
+    """Returns golden answers by prompt, the first one where a prompt occurs twice.
+
+    A row has prompt and golden; rows of the miniature have a solution instead of golden. Raises
+    InputError for a row without them.
+    """
     golden = {}
     for i, row in enumerate(read_rows(path, "train")):
+        row = dict(row) if isinstance(row, dict) else {}
+        row.setdefault("golden", row.get("solution"))
         for key in ("prompt", "golden"):
-            text = row.get(key) if isinstance(row, dict) else None
+            text = row.get(key)
             if not isinstance(text, str) or not text.strip() or SURROGATE.search(text):
                 raise InputError(f"--golden {path}: row {i} has no text {key!r}")
         golden.setdefault(row["prompt"], row["golden"])
     return golden
 
 
-def once(path: Path, compute):
-    """compute()'s value, from a file if an earlier command has left it there."""
+def once(path: Path, compute: Callable):
+    """Returns compute()'s value, or what an earlier command has written of it to path."""
     if not distributed.from_rank_0(path.exists, "--out_dir"):
         text = json.dumps(compute())
         distributed.from_rank_0(lambda: write_synced(path, text), "--out_dir")
@@ -139,13 +172,16 @@ def once(path: Path, compute):
 
 
 class Stopped(Exception):
-    """By a signal, with a state on the disk."""
+    """A signal has ended the LLM's step, whose state is on the disk."""
 
 
 class Game:
-    """What all variants share: prompts with golden answers, human pairs, held-out ones."""
+    """What all variants share: prompts with golden answers, human pairs, held-out pairs, an exam.
 
-    def __init__(self, args, device):
+    Reads no weight. Raises InputError if something cannot be used.
+    """
+
+    def __init__(self, args, device: torch.device):
         self.args, self.device = args, device
         self.config = read_model_config(args.model, args.max_length)
         self.tokenizer = read_tokenizer(args.model, args.chat_template)
@@ -158,21 +194,27 @@ class Game:
         if not held_out.triplets:
             raise InputError(f"--held_out {args.held_out}: {held_out.summary()}")
         self.human, self.held_out = human.triplets, held_out.triplets
-        golden = read_golden(args.golden) if args.golden else miniature_golden(args.seed)
-        golden = list(golden.items())[: args.prompts]
+        golden = list(read_golden(args.golden).items())[: args.prompts]
         self.prompts = [Prompt(prompt, "golden", {}) for prompt, _ in golden]
         self.golden = [answer for _, answer in golden]
-        fewest = min(len(self.prompts), len(self.human))
-        if fewest < args.batch_size:
-            raise InputError(f"--batch_size {args.batch_size}: only {fewest} prompts or pairs")
-        self.exam = [Prompt(task.prompt, "exam", task._asdict()) for task in exam_of(args)]
-        told = golden, [p.instruction for p in self.exam], self.tokenizer.chat_template
-        told = [human.fingerprint, held_out.fingerprint, *told]
-        self.fingerprint = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+        n, m = len(self.prompts), len(self.human)
+        if min(n, m) < args.batch_size:
+            raise InputError(f"--batch_size {args.batch_size}: only {n} prompts, {m} human pairs")
+        with input_error_for("--exam"):
+            tasks = read_tasks(args.exam) if args.exam else []
+        self.exam = [Prompt(task.prompt, "exam", task._asdict()) for task in tasks]
+        exam = [p.instruction for p in self.exam]
+        seen = [human.fingerprint, held_out.fingerprint, golden, exam, self.tokenizer.chat_template]
+        self.fingerprint = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
 
-    def answers(self, model, prompts, out, temperature, samples, **decoding):
-        """A model's whole answers to each prompt (one that is cut off is none), those of an
-        interrupted command kept."""
+    def answers(
+        self, model: str | Path, prompts: list[Prompt], out: Path, temperature: float, samples: int,
+        **decoding,
+    ) -> list[list[str]]:  # fmt: skip
+        """Returns a model's samples for each prompt without those that were cut off.
+
+        decoding may hold top_k and top_p. Answers of an interrupted command, in out, are kept.
+        """
         args = self.args
         distributed.from_rank_0(lambda: out.mkdir(parents=True, exist_ok=True), "--out_dir")
         settings = dict(seed=args.seed, chat_template=args.chat_template, dtype=args.dtype)
@@ -187,11 +229,11 @@ class Game:
             for i, of_prompt in enumerate(texts)
         ]
 
-    def game_pairs(self, samples) -> list:
-        """Triplets of the golden answer above each sample."""
+    def game_pairs(self, samples: list[list[str]]) -> list[Triplet]:
+        """Returns pairs with the golden answer as chosen and each sample as rejected."""
         triplets, notes, dropped = [], Counter(), Counter()
         for prompt, gold, texts in zip(self.prompts, self.golden, samples, strict=True):
-            messages = miniature.chat(prompt.instruction)
+            messages = user_chat(prompt.instruction)
             for text in texts:
                 answers = gold, self.encoder.plain(text)
                 try:
@@ -201,16 +243,18 @@ class Game:
         print0(f"{len(triplets)} pairs of golden answer and sample; dropped: {counts(dropped)}")
         return triplets
 
-    def train_reward(self, variant, samples, folder) -> list[float]:
-        """The round's reward model, from its base [choice 19] -> its margins on the held-out human
-        pairs."""
+    def train_reward(self, variant: str, samples: list[list[str]], folder: Path) -> list[float]:
+        """Trains a round's reward model, from its base [choice 19], in folder.
+
+        Returns its margins on the held-out human pairs.
+        """
         args, sources = self.args, VARIANTS[variant]
         human = self.human if "human" in sources else []
         game = self.game_pairs(samples) if "game" in sources else []
         triplets = [t._replace(row=i) for i, t in enumerate([*human, *game])]
         if len(triplets) < args.batch_size:
             raise InputError(f"--batch_size {args.batch_size}: {len(triplets)} pairs in {folder}")
-        # without human pairs there is nothing to weigh against
+        # a weight is relative to that of the human pairs
         weight = args.apo_weight / args.samples if human else 1.0
         settings = vars(args) | dict(lr=args.rm_lr, epochs=1, warmup=0.1, out_dir=str(folder))
         settings |= dict(micro_batch_size=args.batch_size, grad_clip=1.0, keep=1)
@@ -220,65 +264,75 @@ class Game:
         )  # fmt: skip
         return margins.tolist()
 
-    def rewards(self, reward, samples) -> list[list[float]]:
-        """One for each answer, prompt by prompt."""
-        scorer = RewardModel(str(reward / "hf"), self.device, DTYPES[self.args.dtype])
+    def rewards(self, folder: Path, samples: list[list[str]]) -> list[list[float]]:
+        """Returns the reward of each sample, by the reward model in a folder."""
+        scorer = RewardModel(str(folder / "hf"), self.device, DTYPES[self.args.dtype])
         asked = [
-            (miniature.chat(p.instruction), text)
+            (user_chat(p.instruction), text)
             for p, texts in zip(self.prompts, samples, strict=True)
             for text in texts
         ]
-        rest = share_out(asked, lambda part: scorer.score(*zip(*part, strict=True)) if part else [])
-        in_order = iter(rest)
+        found = share_out(
+            asked, lambda part: scorer.score(*zip(*part, strict=True)) if part else []
+        )
+        in_order = iter(found)
         return [[next(in_order) for _ in texts] for texts in samples]
 
-    def pairs(self, samples, rewards) -> list[dict]:
-        """Best and worst answer to each prompt. Rejection sampling reads the best alone, so there
-        every prompt that has an answer stays [choice 20]."""
-        rows, alone = [], self.args.aligner == "rejection"
+    def pairs(self, samples: list[list[str]], rewards: list[list[float]]) -> list[dict]:
+        """Returns rows of the best and the worst sample of each prompt.
+
+        Rejection sampling reads the best one only. So it needs no usable worst one, and every
+        prompt with a usable best one stays [choice 20].
+        """
+        rows, best_only = [], self.args.aligner == "rejection"
 
         def usable(text):
             return text.strip() and not self.encoder.special_text.search(text)
 
         for prompt, texts, scores in zip(self.prompts, samples, rewards, strict=True):
             best, worst = best_and_worst(texts, scores) if texts else ("", "")
-            if alone and (worst.strip() == best.strip() or not usable(worst)):
+            if best_only and (worst.strip() == best.strip() or not usable(worst)):
                 worst = "." if best.strip() != "." else ".."
             if usable(best) and usable(worst) and best.strip() != worst.strip():
                 rows.append({"prompt": prompt.instruction, "chosen": best, "rejected": worst})
         return rows
 
-    def align(self, policy, number, folder) -> bool:
-        """The LLM's step on pairs.jsonl -> whether a signal has asked for an end."""
+    def align(self, policy: Path, k: int, folder: Path) -> bool:
+        """Takes the LLM's step of round k on pairs.jsonl; returns whether a signal has ended it."""
         args, out = self.args, folder / "policy"
         argv = [f"--model={policy}", f"--dataset={folder / 'pairs.jsonl'}", f"--out_dir={out}"]
-        # bounded to where the game began, not to where the round did [choice 21]
-        argv += [f"--ref_model={args.model}", f"--lr={args.lr[number - 1]}", *aligner_flags(args)]
+        # the reference is the LLM before the first round, not before this one [choice 21]
+        argv += [f"--ref_model={args.model}", f"--lr={args.lr[k - 1]}", *aligner_flags(args)]
         if distributed.from_rank_0((out / "config.json").exists, "--out_dir"):
             argv.append("--resume")
         with ExitStack() as stack:
             return train_ganpo.train(parse_ganpo_args(argv), argv, stack, self.device)
 
-    def examine(self, policy, folder) -> dict:
-        """The miniature's judge on held-out prompts, at the published test decoding and as the game
-        samples."""
+    def examine(self, policy: str | Path, folder: Path) -> dict:
+        """Returns columns of rounds.csv: the miniature's judge on the prompts of --exam.
+
+        The LLM answers them twice, with the published test decoding and as the game samples.
+        """
         if not self.exam:
             return {}
         args, found = self.args, []
         test = dict(top_k=args.test_top_k, top_p=args.test_top_p)
-        for t, how, out in (
+        for t, decoding, out in (
             (args.test_temperature, test, folder),
             (args.temperature, {}, folder / "sampled"),
         ):
-            texts = self.answers(policy, self.exam, out, t, 1, **how)
+            texts = self.answers(policy, self.exam, out, t, 1, **decoding)
             rows = judge_mini(self.exam, [text[0] if text else "" for text in texts])
             rows = [row | {"prompt": i} for i, row in enumerate(rows)]
             found += [*mean_and_error(rows, "strict", 100), *mean_and_error(rows, "score")]
         return dict(zip(COLUMNS[4:12], found, strict=True))
 
-    def play(self, variant, number, policy, folder, frozen) -> dict:
-        """One round -> its row of rounds.csv. `frozen` is the first round's reward model, for the
-        variant that keeps it. Stopped if a signal has asked for it."""
+    def play(self, variant: str, k: int, policy: Path, folder: Path, frozen: Path | None) -> dict:
+        """Plays round k, counted from 1, and returns its row of rounds.csv.
+
+        policy is the LLM's folder before the round. frozen is the folder of a finished reward model
+        to use, or None. Raises Stopped if a signal has asked for an end.
+        """
         args, reward = self.args, frozen or folder / "reward"
         samples = self.answers(
             policy, self.prompts, folder / "answers", args.temperature, args.samples
@@ -292,58 +346,56 @@ class Game:
         rows = self.pairs(samples, rewards)
         text = json_lines(rows)
         distributed.from_rank_0(lambda: write_synced(folder / "pairs.jsonl", text), "--out_dir")
-        if self.align(policy, number, folder):
+        if self.align(policy, k, folder):
             raise Stopped
         distributed.free_memory()
         scores = [r for of_prompt in rewards for r in of_prompt]
-        row = {"variant": variant, "round": number, "rm_acc": 100 * accuracy, "rm_ece": ece}
+        row = {"variant": variant, "round": k, "rm_acc": 100 * accuracy, "rm_ece": ece}
         row |= self.examine(folder / "policy" / "hf", folder / "eval")
         return row | {"reward": float(np.mean(scores)), "pairs": len(rows)}
 
 
-def miniature_golden(seed) -> dict[str, str]:
-    golden = {}
-    for row in read_rows(str(miniature.world(seed) / "train.jsonl"), "train"):
-        golden.setdefault(row["prompt"], row["solution"])
-    return golden
+# ---------------------------------------------------------------------- all rounds
 
 
-def exam_of(args) -> list[miniature.Task]:
-    try:
-        return miniature.read_tasks(args.exam) if args.exam else []
-    except (ValueError, TypeError, OSError) as error:
-        raise InputError(f"--exam {args.exam}: no prompts of the miniature: {error}") from None
+def check_input(args, device: torch.device) -> Game:
+    """Checks everything that can be refused before a weight is read; returns the game.
 
-
-def play_all(args, argv, device, stack):
-    begin = time.perf_counter()
+    Raises InputError. Nothing here communicates between ranks.
+    """
+    check_out_dir(args)
     distributed.check_batch_size(args.batch_size)
-    golden = args.golden or str(miniature.world(args.seed) / "train.jsonl")
-    miniature.build_if_used(args.seed, args.model, args.human, golden)
-    game = Game(args, device)
+    return Game(args, device)
+
+
+def play_all(args, argv: list[str], device: torch.device, stack: ExitStack):
+    """Plays all rounds of all variants and writes rounds.csv; the stack holds --out_dir's lock."""
+    begin = time.perf_counter()
+    build_miniature(args, partial(check_input, device=device))
+    game = check_input(args, device)
     out = claim_with_config(args, stack, game.fingerprint)
     print0(
         f"{len(game.prompts)} prompts x {args.samples} samples, {len(game.human)} human pairs,"
-        f" {len(game.held_out)} held out; what happens is told in {out}/start.log and"
-        f" {out}/*/round*/log\n{HEADER}"
+        f" {len(game.held_out)} held out; logs: {out}/start.log, {out}/*/round*/log\n{HEADER}"
     )
-    begun = told_to(out / "start.log", partial(game.examine, args.model, out / "start"))
-    table = [{"variant": "start", "round": 0} | begun]
+    start = printing_to(out / "start.log", partial(game.examine, args.model, out / "start"))
+    table = [{"variant": "start", "round": 0} | start]
     print0(line(table[0]))
     for variant in args.variants:
         policy, frozen = Path(args.model), None
         for k in range(1, args.rounds + 1):
             folder = out / variant / f"round{k}"
-            distributed.from_rank_0(lambda f=folder: f.mkdir(parents=True, exist_ok=True), "round:")
+            make = partial(folder.mkdir, parents=True, exist_ok=True)
+            distributed.from_rank_0(make, "--out_dir")
             play = partial(game.play, variant, k, policy, folder, frozen)
             try:
-                row = once(folder / "round.json", partial(told_to, folder / "log", play))
+                row = once(folder / "round.json", partial(printing_to, folder / "log", play))
             except Stopped:
                 words = shlex.join(word for word in argv if word != "--resume")
-                return print0(f"stopped; resume with: train_apo.py --resume {words}")
+                return print0(f"stopped; resume with: apo.train_apo --resume {words}")
             table.append(row)
             print0(line(row))
-            for state in ("policy/state", "reward/state"):  # the round is over
+            for state in ("policy/state", "reward/state"):  # of no use after the round
                 shutil.rmtree(folder / state, ignore_errors=True)
             policy = folder / "policy" / "hf"
             if variant == "frozen":
@@ -354,8 +406,8 @@ def play_all(args, argv, device, stack):
     print0(f"wrote {out} in {time.perf_counter() - begin:.0f} s")
 
 
-def told_to(path, function):
-    """function(), whose lines go to a file."""
+def printing_to(path: Path, function: Callable):
+    """Returns function()'s value; what it prints is added to a file."""
     with path.open("a") as log, redirect_stdout(log):
         return function()
 
@@ -363,7 +415,9 @@ def told_to(path, function):
 HEADER = "variant   round  RM accuracy    ECE    strict           gold             strict, sampled"
 
 
-def line(row) -> str:
+def line(row: dict) -> str:
+    """Returns a row of rounds.csv as a line under HEADER."""
+
     def show(key, spec, width):
         return (format(row[key], spec) if row.get(key) is not None else "-").rjust(width)
 
@@ -374,12 +428,14 @@ def line(row) -> str:
     return text + f" {show('sampled_acc', '.1f', 8)} +- {show('sampled_acc_se', '.1f', 3)}"
 
 
+# ---------------------------------------------------------------------- the command
+
 SHARED = "seed dtype max_length batch_size micro_tokens save_every".split()
 OF_GAME = [*SHARED, *"model ref_model dataset out_dir lr keep chat_template checkpointing".split()]
 
 
 def aligner_flags(args) -> list[str]:
-    """train_ganpo.py's, but for those of one round."""
+    """Returns train_ganpo.py's flags for the LLM's step that are the same in all rounds."""
     flags = [f"--{name}={getattr(args, name)}" for name in SHARED] + ["--keep=1"]
     flags += ["--checkpointing"] * args.checkpointing
     flags += [f"--chat_template={args.chat_template}"] * bool(args.chat_template)
@@ -387,73 +443,84 @@ def aligner_flags(args) -> list[str]:
     return flags + plain[args.aligner] + args.to_aligner
 
 
-def parse_args(argv):
-    # fmt: off
-    parser = Parser("train_apo.py", __doc__, "train_apo.py [--flag value ...] [-- flags]")
+# fmt: off
+def flags() -> Parser:
+    """Returns the parser of all flags."""
+    usage = "torchrun -m apo.train_apo [--flag value ...] [-- flags of train_ganpo.py]"
+    parser = Parser("apo.train_apo", __doc__, usage)
     add = parser.add_argument_group("what to play on").add_argument
     add("--model", help="the LLM and the reward model's base [the miniature's reference]")
-    add("--golden", metavar="FILE", help="rows of prompt, golden [the miniature's solver]")
+    add("--golden", metavar="FILE", help="rows of prompt and golden [the miniature's solver]")
     add("--human", metavar="FILE", help="preference pairs [the miniature's annotator]")
     add("--held_out", metavar="FILE", help="pairs that examine the reward model [the miniature's]")
-    add("--exam", metavar="FILE", help="prompts of the miniature's judge [the miniature's; none]")
+    add("--exam", metavar="FILE", help="prompts of the miniature's judge [its own; none]")
     add("--chat_template", help="a jinja file [the tokenizer's own]")
-    add("--max_length", type=count, default=256, help="[256]")
+    add("--max_length", type=count, default=256, help="tokens of prompt + response [256]")
     add = parser.add_argument_group("the game [default; the paper's where it differs]").add_argument
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="[all three]")
     add("--rounds", type=count, default=3, help="[3]")
-    add("--prompts", type=count, default=1024, help="of the golden answers [1024]")
+    add("--prompts", type=count, default=1024, help="use so many of the golden prompts [1024]")
     add("--samples", type=number(int, 2), default=4, help="answers per prompt [4]")
-    add("--temperature", type=positive, default=1.0, help="of them [1; paper 1.2]")
+    add("--temperature", type=positive, default=1.0, help="of these answers [1; paper 1.2]")
     add("--apo_loss", choices=["ranking", "difference"], default="ranking", help="[ranking]")
     add("--apo_weight", type=positive, default=0.1, help="of a prompt's game pairs [0.1]")
     add("--aligner", choices=["rejection", "dpo", "ganpo"], default="rejection", help="[rejection]")
-    add("--lr", type=positive, nargs="+", default=[1e-4, 4e-5, 2e-5], help="of the LLM, round by"
+    add("--lr", type=positive, nargs="+", default=[1e-4, 4e-5, 2e-5], help="of the LLM in each"
         " round [1e-4 4e-5 2e-5; paper 5e-6 2e-6 9e-7]")
-    add("--rm_lr", type=positive, default=1e-3, help="[1e-3; paper 1e-6]")
+    add("--rm_lr", type=positive, default=1e-3, help="of the reward model [1e-3; paper 1e-6]")
     add("--batch_size", type=count, default=32, help="pairs per step [32; paper 64]")
-    add("--test_temperature", type=at_least_0, default=0.3, help="[0.3]")
+    add("--test_temperature", type=at_least_0, default=0.3, help="decoding of the exam [0.3]")
     add("--test_top_k", type=natural, default=5, help="[5]")
     add("--test_top_p", type=fraction, default=0.85, help="[0.85]")
     add = parser.add_argument_group("running").add_argument
     add("--micro_tokens", type=count, default=16384, help="per forward and rank [16384]")
-    add("--max_new_tokens", type=count, default=64, help="[64]")
-    add("--dtype", choices=DTYPES, default="float32", help="[float32]")
+    add("--max_new_tokens", type=count, default=64, help="of an answer [64]")
+    add("--dtype", choices=DTYPES, default="float32", help="of compute [float32]")
     add("--checkpointing", action="store_true", help="recompute layers in backward")
     add("--save_every", type=natural, default=0, help="steps between states [0: none]")
     add("--seed", type=natural, default=0, help="[0]")
     add("--resume", action="store_true", help="continue the game of --out_dir")
     add("--timeout", type=positive, default=3600, help="seconds to wait for another rank [3600]")
     add("--out_dir", default="out/apo", help="[out/apo]")
-    # fmt: on
+    return parser
+# fmt: on
+
+
+def parse_args(argv: list[str]):
+    """Returns all settings; to_aligner holds the flags after `--`.
+
+    Raises InputError for a flag that is wrong, also for one that train_ganpo.py would refuse.
+    """
     split = argv.index("--") if "--" in argv else len(argv)
-    args = parser.parse_args(argv[:split])
+    args = flags().parse_args(argv[:split])
     args.to_aligner = argv[split + 1 :]
-    world = miniature.world(args.seed)
     own = {"model": "model", "human": "train.jsonl", "held_out": "test.jsonl"}
     if args.golden is None:
-        own["exam"] = "prompts.jsonl"
+        own |= {"golden": "train.jsonl", "exam": "prompts.jsonl"}
     for name, file in own.items():
         if getattr(args, name) is None:
-            setattr(args, name, str(world / file))
+            setattr(args, name, str(world_folder(args.seed) / file))
     if len(args.lr) < args.rounds:
         raise InputError(f"--lr: {len(args.lr)} rates for {args.rounds} rounds")
     for word in args.to_aligner:
         if (name := word.split("=")[0].removeprefix("--")) in OF_GAME:
             raise InputError(f"--{name} after --: the game sets it")
-    parse_ganpo_args([*aligner_flags(args), "--resume", "--out_dir=any"])  # refused now or never
+    parse_ganpo_args([*aligner_flags(args), "--resume", "--out_dir=any"])  # may refuse a flag
     return args
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None):
+    """Runs the program with a command line, by default that of the process."""
     quiet()
     try:
         argv = sys.argv[1:] if argv is None else argv
         args = parse_args(argv)
+        miniature = is_miniature(args.model, args.seed)
         with ExitStack() as stack:
-            device = stack.enter_context(distributed.session(args.timeout))
+            device = stack.enter_context(distributed.session(args.timeout, miniature))
             play_all(args, argv, device, stack)
     except (InputError, FloatingPointError, OSError) as error:
-        refuse("train_apo.py", error)
+        refuse("apo.train_apo", error)
 
 
 if __name__ == "__main__":

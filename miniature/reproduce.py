@@ -1,15 +1,18 @@
-"""The paper's claims on the miniature, measured one by one: writes RESULTS.md and its figures.
+"""Measures the paper's claims in the miniature, one by one: writes RESULTS.md and its figures.
 
-    python reproduce.py --seeds 5      # two cores: RESULTS.md says how long it took
-    python reproduce.py --quick        # one seed, eight cells
-    python reproduce.py --apo          # and train_apo.py's game in the first three worlds
+    python -m miniature.reproduce              # five worlds
+    python -m miniature.reproduce --quick      # one world, eight cells
+    python -m miniature.reproduce --apo        # APO's game too, in the first three worlds
 
-A cell is one run of train_ganpo.py and its evaluation at six temperatures; a seed is a world of its
-own (reference, pairs, run). Every core takes a cell at a time, and what a killed command has
-finished stays finished (a cell whose settings have changed does not; remove out/reproduce when the
-code has). Errors are standard errors over seeds, and differences are paired: of two cells in the
-same worlds, whose sampling meets the same random numbers.
+A cell is one run of train_ganpo.py in one world, and its evaluation at six temperatures. A seed
+stands for a world: reference, pairs, and the seed of the run. Cells run side by side, one on each
+core. out/reproduce keeps what is finished, so a command that was killed continues where it was. A
+cell whose settings have changed is done again; remove out/reproduce when the code has changed.
+Differences are paired: both cells ran in the same worlds, and their sampling meets the same random
+numbers. Errors are standard errors over seeds.
 """
+
+import cpu  # must come before torch
 
 import json
 import os
@@ -22,25 +25,33 @@ from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
 
-import train_apo
-from results import APO_WORLDS, FIG_4, REGIMES, ROOT, TEMPERATURES, Grid, write_results
+import torch
 
 import eval_alpaca
-import miniature
 import reward_model
 import train_ganpo
+from apo import train_apo
 from data import InputError
-from distributed import cores
-from flags import Parser, count, natural
+from flags import Parser, count, natural, world_folder
 from generate import quiet
+from miniature import world
+from miniature.results import (
+    APO_WORLDS,
+    FIG_4,
+    REGIMES,
+    ROOT,
+    TEMPERATURES,
+    Grid,
+    write_results,
+)
 
-PROMPTS = 500
+PROMPTS = 500  # on which each cell is examined
 
 # ---------------------------------------------------------------------- the cells
 
-DPO, SIMPO, MSE = ["--lambda_adv=0"], ["--loss=simpo"], ["--disc=mse", "--lambda_adv=3"]
+DPO, SIMPO, MSE = ["--lambda_adv=0"], ["--loss=simpo"], ["--critic=mse", "--lambda_adv=3"]
 PAIRED, PAIRED_H = ["--critic=paired"], ["--critic=paired", "--critic_input=h", "--disc_steps=5"]
-CELLS = {  # regime/name: flags; one factor away from ganpo, the default
+CELLS = {  # flags by regime/name; a regime is a learning rate, ganpo is the default
     "mild/dpo": DPO,
     "mild/ganpo": [],
     "mild/simpo": SIMPO + DPO,
@@ -50,19 +61,18 @@ CELLS = {  # regime/name: flags; one factor away from ganpo, the default
     "mild/as_published": ["--lambda_adv=1", "--disc_lr=5e-5"],
     "mild/batch_means": ["--mean=batch"],
     "mild/nonsaturating": ["--adv_loss=nonsaturating"],
-    "mild/padding": ["--disc_padding"],
-    "mild/mlp": ["--disc=mlp"],
+    "mild/mlp": ["--critic=mlp"],
     "mild/mse": MSE,
     "mild/beta_1": [*DPO, "--beta=1"],
     "mild/beta_3": [*DPO, "--beta=3"],
-    "mild/lr_8.4e-5": [*DPO, "--lr=8.4e-5"],  # DPO of the paired critic's margin
+    "mild/lr_8.4e-5": [*DPO, "--lr=8.4e-5"],  # at which DPO reaches the paired critic's margin
     "mild/paired": PAIRED,
     "mild/paired_h": PAIRED_H,
-    "mild/paired_beta": [*PAIRED, "--beta=0.5"],  # two anchors, an idea of this repository
+    "mild/paired_beta": [*PAIRED, "--beta=0.5"],  # a second anchor
     "mild/mse_beta": [*MSE, "--beta=0.5"],
     "over/dpo": DPO,
     "over/ganpo": [],
-    "over/mlp": ["--disc=mlp"],
+    "over/mlp": ["--critic=mlp"],
     "over/mse": MSE,
     "over/beta_0.5": [*DPO, "--beta=0.5"],
     "over/beta_1": [*DPO, "--beta=1"],
@@ -70,7 +80,7 @@ CELLS = {  # regime/name: flags; one factor away from ganpo, the default
     "over/lr_1.9e-4": [*DPO, "--lr=1.9e-4"],
     "over/paired": PAIRED,
     "over/paired_h": PAIRED_H,
-    "over/paired_beta": [*PAIRED, "--beta=0.5"],  # two anchors, an idea of this repository
+    "over/paired_beta": [*PAIRED, "--beta=0.5"],  # a second anchor
     "over/mse_beta": [*MSE, "--beta=0.5"],
     "far/dpo": DPO,
     "far/ganpo": [],
@@ -80,92 +90,119 @@ CELLS = {  # regime/name: flags; one factor away from ganpo, the default
     "far/lr_2.6e-4": [*DPO, "--lr=2.6e-4"],
     "far/paired": PAIRED,
     "far/paired_h": PAIRED_H,
-    "far/paired_beta": [*PAIRED, "--beta=0.5"],  # two anchors, an idea of this repository
+    "far/paired_beta": [*PAIRED, "--beta=0.5"],  # a second anchor
     "far/mse_beta": [*MSE, "--beta=0.5"],
-    "far/mse_1": [*MSE, "--lambda_adv=1"],  # the strength of an anchor, for the frontier
+    "far/mse_1": [*MSE, "--lambda_adv=1"],  # these four: for the figure of strengths
     "far/mse_10": [*MSE, "--lambda_adv=10"],
     "far/paired_3": [*PAIRED, "--lambda_adv=3"],
     "far/paired_30": [*PAIRED, "--lambda_adv=30"],
 }
 QUICK = "mild/dpo mild/ganpo mild/simpo mild/ganpo_simpo over/dpo over/ganpo over/mse over/paired"
-APO = []  # flags of train_apo.py
+APO = []  # flags of apo.train_apo
 
 
-def flags_of(cell) -> list[str]:
+def flags_of(cell: str) -> list[str]:
+    """Returns a cell's flags for train_ganpo.py."""
     return [f"--lr={REGIMES[cell.split('/')[0]]}", *CELLS[cell]]
 
 
-def settings_of(cell) -> dict:
-    """What a finished cell was made with."""
+def settings_of(cell: str) -> dict:
+    """Returns what a finished cell was made with, as its done.json says it."""
     flags = {"reference": [], "reward": [], "apo": APO}
     own = flags[cell] if cell in flags else flags_of(cell)
     return {"flags": own, "prompts": PROMPTS, "temperatures": [*TEMPERATURES]}
 
 
 def finished(seed: int, cell: str) -> dict | None:
-    """The record of a cell that is done, with its seconds."""
+    """Returns the done.json of a cell, or None if it has yet to be done with these settings."""
     path = ROOT / f"seed{seed}" / cell / "done.json"
     record = json.loads(path.read_text()) if path.exists() else {}
     return record if record.items() >= settings_of(cell).items() else None
 
 
-def pin(cores_left):
-    """A worker's own core, and nothing on the terminal."""
-    os.sched_setaffinity(0, {cores_left.get()})
+# ---------------------------------------------------------------------- running them
+
+
+def start_worker(free_cores):
+    """Gives a worker a core from a queue of their numbers, and one thread.
+
+    The miniature has a constant number of threads, but the grid's is one, because every core has a
+    worker. OMP_NUM_THREADS tells the programs so.
+    """
+    core = free_cores.get()
+    if hasattr(os, "sched_setaffinity"):  # Linux only
+        os.sched_setaffinity(0, {core})
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
     quiet()
 
 
 def run_cell(seed: int, cell: str):
-    """Trains and evaluates; `reference` and `reward` come first. Left alone where it is done."""
-    home, world = ROOT / f"seed{seed}", miniature.world(seed)
-    folder, common = home / cell, [f"--seed={seed}"]
+    """Trains and evaluates one cell, if it is not finished.
+
+    Every other cell needs "reference", and the one of Fig 4 needs "reward" too.
+    """
     if finished(seed, cell):
         return
-    begin = time.perf_counter()
+    begin, folder = time.perf_counter(), ROOT / f"seed{seed}" / cell
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    evaluate = [*common, f"--prompts={home / 'prompts.jsonl'}", f"--out={folder / 'eval-mini'}"]
-    evaluate += ["--max_new_tokens=64", "--temperatures", *map(str, TEMPERATURES)]
     with (folder / "log").open("w") as log, redirect_stdout(log):
         if cell == "reference":
-            eval_alpaca.main([*evaluate, "2.0", f"--model={world / 'model'}"])
+            model = f"--model={world_folder(seed) / 'model'}"
+            eval_alpaca.main([*evaluation_flags(seed, cell), "2.0", model])
         elif cell == "reward":
-            reward_model.main([*common, f"--out_dir={folder / 'run'}"])
+            reward_model.main([f"--seed={seed}", f"--out_dir={folder / 'run'}"])
         elif cell == "apo":
-            train_apo.main([*common, *APO, f"--out_dir={folder / 'run'}"])
+            train_apo.main([f"--seed={seed}", *APO, f"--out_dir={folder / 'run'}"])
         else:
-            train = ["--final_eval=0", "--eval_every=0", f"--out_dir={folder / 'run'}"]
-            train_ganpo.main([*common, *flags_of(cell), *train])
-            (folder / "eval-mini").mkdir()
-            for file in (home / "reference" / "eval-mini").glob("model-*"):  # sampled once
-                shutil.copy(file, folder / "eval-mini" / file.name.replace("model", "baseline", 1))
-            if cell == FIG_4:
-                evaluate += ["2.0", f"--reward_model={home / 'reward' / 'run' / 'hf'}"]
-                evaluate += [f"--score_discriminators={folder / 'run' / 'discriminators.pt'}"]
-            model = [f"--model={folder / 'run' / 'hf'}", f"--baseline={world / 'model'}"]
-            eval_alpaca.main([*evaluate, *model])
-            shutil.rmtree(folder / "run" / "state")
+            train_and_evaluate(seed, cell, folder)
     record = settings_of(cell) | {"seconds": round(time.perf_counter() - begin, 1)}
     (folder / "done.json").write_text(json.dumps(record))
 
 
+def evaluation_flags(seed: int, cell: str) -> list[str]:
+    """Returns flags for eval_alpaca.py; the temperatures are the last ones."""
+    home = ROOT / f"seed{seed}"
+    flags = [f"--seed={seed}", f"--prompts={home / 'prompts.jsonl'}", "--max_new_tokens=64"]
+    flags += [f"--out={home / cell / 'eval-mini'}"]
+    return [*flags, "--temperatures", *map(str, TEMPERATURES)]
+
+
+def train_and_evaluate(seed: int, cell: str, folder: Path):
+    """Runs train_ganpo.py and eval_alpaca.py for a cell, in its folder."""
+    home, run, evaluation = ROOT / f"seed{seed}", folder / "run", folder / "eval-mini"
+    train_ganpo.main([f"--seed={seed}", *flags_of(cell), "--eval_every=0", f"--out_dir={run}"])
+    evaluation.mkdir()
+    for file in (home / "reference" / "eval-mini").glob("model-*"):  # its answers are in all cells
+        shutil.copy(file, evaluation / file.name.replace("model", "baseline", 1))
+    flags = evaluation_flags(seed, cell)
+    if cell == FIG_4:
+        flags += ["2.0", f"--reward_model={home / 'reward' / 'run' / 'hf'}"]
+        flags += [f"--score_discriminators={run / 'discriminators.pt'}"]
+    baseline = world_folder(seed) / "model"
+    eval_alpaca.main([*flags, f"--model={run / 'hf'}", f"--baseline={baseline}"])
+    shutil.rmtree(run / "state")
+
+
 def prepare(seed: int):
-    """The world of a seed, and the prompts that its cells are examined on."""
-    world, home = miniature.build(seed), ROOT / f"seed{seed}"
+    """Builds the world of a seed, and writes the prompts on which its cells are examined."""
+    folder, home = world.build(seed), ROOT / f"seed{seed}"
     home.mkdir(parents=True, exist_ok=True)
-    lines = (world / "prompts.jsonl").read_text().splitlines(keepends=True)[:PROMPTS]
+    lines = (folder / "prompts.jsonl").read_text().splitlines(keepends=True)[:PROMPTS]
     (home / "prompts.jsonl").write_text("".join(lines))
 
 
-def run_all(seeds, cells, apo):
-    """Everything that is not finished yet."""
+def run_all(seeds: range, cells: list[str], apo: bool):
+    """Runs all cells that are not finished; apo says whether APO's game is one of them."""
     for seed in seeds:
         prepare(seed)
-    context = get_context("spawn")
-    cores_left, n = context.Queue(), cores()
-    for core in sorted(os.sched_getaffinity(0))[:n]:
-        cores_left.put(core)
-    with ProcessPoolExecutor(n, context, pin, (cores_left,)) as pool:
+    context, n = get_context("spawn"), cpu.cores()
+    visible = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(n)
+    free_cores = context.Queue()
+    for core in visible[:n]:
+        free_cores.put(core)
+    with ProcessPoolExecutor(n, context, start_worker, (free_cores,)) as pool:
         for stage in (["reference", "reward"], ["apo"] * apo + cells):
             jobs = [(s, c) for c in stage for s in (seeds[:APO_WORLDS] if c == "apo" else seeds)]
             left = [job for job in jobs if not finished(*job)]
@@ -175,26 +212,31 @@ def run_all(seeds, cells, apo):
                 seconds = (time.perf_counter() - start) / i * (len(left) - i)
                 seed, cell = futures[future]
                 where = f"{len(jobs) - len(left) + i}/{len(jobs)}"
-                print(
-                    f"{where} seed {seed} {cell}, {timedelta(seconds=int(seconds))} left",
-                    flush=True,
-                )
+                time_left = timedelta(seconds=int(seconds))
+                print(f"{where} seed {seed} {cell}, {time_left} left", flush=True)
+
+
+# ---------------------------------------------------------------------- the command
 
 
 def parse_args(argv: list[str]):
-    parser = Parser("reproduce.py", __doc__)
-    parser.add_argument("--seeds", type=count, help="how many worlds [5; with --quick 1]")
-    parser.add_argument("--first_seed", type=natural, default=10, help="the others follow it [10]")
-    parser.add_argument("--apo", action="store_true", help="play train_apo.py's game too")
-    parser.add_argument("--quick", action="store_true", help="one seed, eight cells")
-    parser.add_argument("--out", help="[RESULTS.md; with --quick out/reproduce/quick.md]")
+    """Returns the settings of this program."""
+    usage = "python -m miniature.reproduce [--flag value ...]"
+    parser = Parser("miniature.reproduce", __doc__, usage)
+    add = parser.add_argument
+    add("--seeds", type=count, help="how many worlds [5; with --quick 1]")
+    add("--first_seed", type=natural, default=10, help="of the worlds, which follow on [10]")
+    add("--apo", action="store_true", help="also play the game of apo.train_apo")
+    add("--quick", action="store_true", help="one world, eight cells")
+    add("--out", help="[miniature/RESULTS.md; with --quick out/reproduce/quick.md]")
     args = parser.parse_args(argv)
-    args.out = args.out or (str(ROOT / "quick.md") if args.quick else "RESULTS.md")
+    args.out = Path(args.out or (ROOT / "quick.md" if args.quick else "miniature/RESULTS.md"))
     args.seeds = args.seeds or (1 if args.quick else 5)
     return args
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None):
+    """Runs the program with a command line, by default that of the process."""
     quiet()
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
@@ -202,10 +244,10 @@ def main(argv=None):
         cells = QUICK.split() if args.quick else list(CELLS)
         run_all(seeds, cells, args.apo)
         apo = args.apo or all(finished(seed, "apo") for seed in seeds[:APO_WORLDS])
-        write_results(Grid(seeds, cells, apo), Path(args.out))
+        write_results(Grid(seeds, cells, apo), args.out)
         print(f"wrote {args.out}")
     except (InputError, OSError) as error:
-        sys.exit(f"reproduce.py: {error}")
+        sys.exit(f"miniature.reproduce: {error}")
 
 
 if __name__ == "__main__":

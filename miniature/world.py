@@ -1,18 +1,19 @@
-"""The paper in miniature: a small world with an exact judge, on which everything runs in minutes.
+"""The miniature: a small artificial world with an exact judge, in which everything takes minutes.
 
-    python miniature.py [--seed K]         # builds out/mini/seedK, two minutes, once
-    python miniature.py show [--seed K]    # ten prompts, a chosen and a rejected answer each
+    python -m miniature.world [--seed K]         # builds out/mini/seedK if it is not there
+    python -m miniature.world show [--seed K]    # ten prompts with a chosen and a rejected answer
 
-Eleven families of short instructions, three of them open-ended. Who is who:
-    solver        always right
-    demonstrator  50 % right, 30 % right but chatty, 20 % wrong
-    reference     a Llama of 0.5 million parameters fitted to the demonstrator; writes bytes
+Its tasks are eleven families of short instructions, three of them open-ended. The roles:
+
+    solver        always answers rightly
+    demonstrator  answers rightly (50 %), rightly with chatter around it (30 %), wrongly (20 %)
+    reference     a Llama of 0.5 million parameters that writes bytes, trained on the demonstrator
     annotator     compares answers by their gold score, with noise and a mild taste for length
-    judge         exact: strict (every check passed) and gold (half strict, half partial credit)
+    judge         is exact: strict (every check passed) and gold (half strict, half partial credit)
 
-The folder holds model/ (Hugging Face), demos.jsonl (what the reference was fitted to), train.jsonl
-and test.jsonl (the annotator's pairs, mostly of the reference's own answers), prompts.jsonl (held
-out, as is test.jsonl) and world.json (settings, written last).
+A world is a folder with model/ (a Hugging Face folder), demos.jsonl (what the reference was trained
+on), train.jsonl and test.jsonl (the annotator's pairs, mostly of the reference's own answers),
+prompts.jsonl and world.json (the settings). Prompts of test.jsonl and prompts.jsonl are held out.
 """
 
 import cpu  # must come before torch
@@ -26,7 +27,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -35,6 +36,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -45,12 +47,12 @@ from transformers import (
 
 from data import ChatEncoder, InputError, json_lines, read_rows, user_chat
 from flags import Parser, natural, world_folder
-from generate import generate, quiet
+from generate import Answer, generate, quiet
 
-SIZES = dict(  # seconds on two cores: see README
+SIZES = dict(  # of a world; sft_steps are the reference's training steps
     prompts=1000, train_prompts=2048, train_pairs=3072, test_prompts=256, sft_steps=1600,
 )  # fmt: skip
-BATCH, SAMPLES, MAX_NEW_TOKENS = 16, 4, 64
+BATCH, SAMPLES, MAX_NEW_TOKENS = 16, 4, 64  # texts per step, answers per prompt, their tokens
 
 # ---------------------------------------------------------------------- the tasks
 
@@ -72,14 +74,20 @@ KNOWN = {*NOUNS, *ADJECTIVES, *VERBS, "the", "i", "we"}
 
 
 class Task(NamedTuple):
+    """An instruction, and what the judge needs to know about it."""
+
     family: str
     prompt: str
-    solution: str  # the answer, or one of many where there are args
-    args: list = []  # what the judge of an open-ended family has to know
+    solution: str  # the right answer; in an open-ended family one of many
+    args: list = []  # in an open-ended family: the arguments of its checks
+
+
+# Each family is a function of a random.Random that returns a prompt, a right answer and, where it
+# is open-ended, the arguments of its checks.
 
 
 def invented(rng):
-    """A word of four to six letters that no list holds."""
+    """Returns a word of four to six letters that is in none of the lists."""
     letters = ("bdfgklmnprstvz", "aeiou")
     return "".join(rng.choice(letters[i % 2]) for i in range(rng.randint(4, 6)))
 
@@ -148,21 +156,17 @@ def end(rng):
 
 
 CLOSED = [repeat, reverse, upper, spell, sort, initials, choose, count]
-FAMILIES = {
-    f.__name__: f for f in (*CLOSED, name, describe, end)
-}  # rng -> prompt, solution[, args]
+FAMILIES = {f.__name__: f for f in (*CLOSED, name, describe, end)}
 
 
-def draw_task(rng) -> Task:
-    family = rng.choice(list(FAMILIES))
-    return Task(family, *FAMILIES[family](rng))
-
-
-def draw_tasks(rng, n, avoid=(), distinct=False) -> list[Task]:
-    """n tasks whose prompts are not in `avoid`."""
+def draw_tasks(
+    rng: random.Random, n: int, avoid: Iterable[str] = (), distinct: bool = False
+) -> list[Task]:
+    """Returns n random tasks whose prompts are not in `avoid`, with distinct=True none twice."""
     tasks, seen = [], set(avoid)
     while len(tasks) < n:
-        task = draw_task(rng)
+        family = rng.choice(list(FAMILIES))
+        task = Task(family, *FAMILIES[family](rng))
         if task.prompt not in seen:
             tasks.append(task)
             if distinct:
@@ -174,37 +178,43 @@ def draw_tasks(rng, n, avoid=(), distinct=False) -> list[Task]:
 
 
 class Verdict(NamedTuple):
+    """The judge's opinion of an answer."""
+
     strict: float  # 1 if every check is passed, else 0
     gold: float  # (strict + partial) / 2, in [0, 1]
 
 
 def judge(task: Task, answer: str) -> Verdict:
-    """Exact: every check of the task's family on the stripped answer, each 0 to 1."""
+    """Returns the verdict on an answer, whose white space at both ends does not count.
+
+    Each check of the task's family gives a number from 0 to 1.
+    """
     checks = OPEN[task.family] if task.family in OPEN else closeness
     parts = checks(answer.strip(), *(task.args or [task.solution]))
     strict = float(all(part == 1 for part in parts))
     return Verdict(strict, (strict + sum(parts) / len(parts)) / 2)
 
 
-# Each returns its checks, from 0 to 1
-
-
 def closeness(answer, solution):
+    """The only check of a closed family: the similarity of answer and solution."""
     return [SequenceMatcher(None, answer, solution, autojunk=False).ratio()]
 
 
 def check_name(answer, category, n, but):
+    """Checks the number of items, and the share of items that are right."""
     items = answer.split(", ")
     right = {*items} & {*WORDS[category]} - {but}
     return [near(len(items), n), len(right) / len(items)]  # a repetition is not right
 
 
 def check_describe(answer, n):
+    """Checks the number of items, and the share of items that are known adjectives."""
     items = answer.split(", ")
     return [near(len(items), n), len({*items} & {*ADJECTIVES}) / len(items)]
 
 
 def check_end(answer, n, last):
+    """Checks the number of words, the share of known words, the last word, and capital and dot."""
     words = answer.removesuffix(".").split(" ")
     known = sum(word.lower() in KNOWN for word in words) / len(words)
     sentence = answer[:1].isupper() and answer.endswith(".")
@@ -212,13 +222,15 @@ def check_end(answer, n, last):
 
 
 def near(n, target):
+    """Returns 1 where n equals the target, and less the further it is away, down to 0."""
     return max(0.0, 1 - abs(n - target) / target)
 
 
 OPEN = {"name": check_name, "describe": check_describe, "end": check_end}
 
 
-def demonstrate(rng, solution) -> str:
+def demonstrate(rng: random.Random, solution: str) -> str:
+    """Returns the demonstrator's answer: the solution, the solution with chatter, or a mistake."""
     kind = rng.random()
     if kind < 0.5:
         return solution
@@ -232,7 +244,7 @@ def demonstrate(rng, solution) -> str:
 
 
 def off_by_one(rng, text):
-    """One item, or else one character, missing or twice."""
+    """Leaves out or repeats one item of a list, or one character where there is no list."""
     separator = next((s for s in (", ", " ", "-") if s in text), "")
     items = text.split(separator) if separator else list(text)
     i = rng.randrange(len(items))
@@ -241,15 +253,18 @@ def off_by_one(rng, text):
 
 
 def typo(rng, text):
+    """Replaces one character by a letter."""
     i = rng.randrange(len(text))
     return text[:i] + rng.choice("abcdefghijklmnopqrstuvwxyz") + text[i + 1 :]
 
 
 def other_case(rng, text):
+    """Exchanges small and capital letters."""
     return text.swapcase()
 
 
 def other_separator(rng, text):
+    """Replaces what separates the items."""
     found = next((s for s in (", ", "-", " ") if s in text), None)
     return text.replace(found, rng.choice([" ", ", ", "-"])) if found else text
 
@@ -257,8 +272,8 @@ def other_separator(rng, text):
 MISTAKES = (off_by_one, typo, other_case, other_separator)
 
 
-def annotate(rng, gold: float, answer: str) -> float:
-    """What the annotator gives for an answer: an opinion, drawn anew each time."""
+def annotate(rng: random.Random, gold: float, answer: str) -> float:
+    """Returns the annotator's score of an answer, drawn anew at each call."""
     return gold + 0.02 * len(answer) + rng.gauss(0, 0.15)
 
 
@@ -266,7 +281,7 @@ def annotate(rng, gold: float, answer: str) -> float:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, and a chat template."""
+    """Returns a tokenizer with one token per byte, and with a chat template."""
     special = ["<|pad|>", "<|bos|>", "<|end|>", "<|user|>", "<|assistant|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(special + alphabet)}
@@ -288,61 +303,84 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def build_model(tokenizer, seed) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=256,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            max_position_embeddings=512,
-            rope_parameters={"rope_type": "default", "rope_theta": 500.0},  # texts are short
-            initializer_range=0.06,  # 0.02, for wider models, costs a third of a nat
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """Returns the untrained reference. The random generator is left as it was."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},  # texts are short
+        initializer_range=0.06,  # with the usual 0.02 the loss ends a third of a nat higher
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
 
 
-def answer(lm, encoder, tasks, temperature, seed, **more):
+def answer(
+    lm, encoder: ChatEncoder, tasks: list[Task], temperature: float, seed: int, **more
+) -> list[Answer]:
+    """Returns a model's answers to tasks; `more` goes to generate.generate."""
     chats = [user_chat(task.prompt) for task in tasks]
     more |= {"temperature": temperature, "seed": seed, "max_new_tokens": MAX_NEW_TOKENS}
     return generate(lm, encoder, chats, **more)
 
 
-def fit(model, encoder, demos, rng, log):
-    """One epoch of supervised fine-tuning on the demonstrations' answers."""
-    pairs = []
+def batches_of(encoder: ChatEncoder, demos: list[dict], rng: random.Random) -> list[list]:
+    """Returns the batches of one epoch: pairs of token ids and the length of their prompt.
+
+    The texts of a batch have nearly equal lengths.
+    """
+    texts, batches = [], []
     for demo in demos:
         messages = user_chat(demo["prompt"])
         ids = encoder.answer_ids(messages, demo["response"])
-        pairs.append((ids, len(encoder.prompt_ids(messages))))
-    batches = []
-    for i in range(0, len(pairs), 20 * BATCH):  # of one length as far as possible
-        near_pairs = sorted(pairs[i : i + 20 * BATCH], key=lambda pair: len(pair[0]))
-        bucket = [near_pairs[j : j + BATCH] for j in range(0, len(near_pairs), BATCH)]
+        texts.append((ids, len(encoder.prompt_ids(messages))))
+    for i in range(0, len(texts), 20 * BATCH):
+        by_length = sorted(texts[i : i + 20 * BATCH], key=lambda text: len(text[0]))
+        bucket = [by_length[j : j + BATCH] for j in range(0, len(by_length), BATCH)]
         rng.shuffle(bucket)
         batches += bucket
-    # Muon for the matrices: with AdamW alone the loss is 0.3 nats higher at equal time
+    return batches
+
+
+def answer_loss(model: LlamaForCausalLM, batch: list) -> Tensor:
+    """Returns the mean cross-entropy of the answers' tokens in a batch of batches_of."""
+    width = max(len(ids) for ids, _ in batch)
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    scored = torch.zeros(len(batch), width, dtype=torch.bool)
+    for row, (text, n_prompt) in enumerate(batch):
+        ids[row, : len(text)] = torch.tensor(text)
+        scored[row, n_prompt : len(text)] = True
+    # no attention mask: texts are padded on the right, which a causal model does not see
+    h = model.model(ids, use_cache=False).last_hidden_state[:, :-1][scored[:, 1:]]
+    return F.cross_entropy(model.lm_head(h), ids[scored])
+
+
+def fit(
+    model: LlamaForCausalLM,
+    encoder: ChatEncoder,
+    demos: list[dict],
+    rng: random.Random,
+    log: Callable,
+):
+    """Trains the reference for one epoch on the demonstrations' answers."""
+    batches = batches_of(encoder, demos, rng)
+    # Muon for the matrices: with AdamW alone the loss is 0.3 nats higher after the same time
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     muon = torch.optim.Muon(matrices, 0.015, weight_decay=0.0)
     adam = torch.optim.AdamW(others, 6e-3, (0.9, 0.99), weight_decay=0.0, fused=True)
     peaks, average, begin = {muon: 0.015, adam: 6e-3}, None, time.perf_counter()
     for step, batch in enumerate(batches):
-        width = max(len(ids) for ids, _ in batch)
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
-        scored = torch.zeros(len(batch), width, dtype=torch.bool)
-        for row, (text, prompt) in enumerate(batch):
-            ids[row, : len(text)] = torch.tensor(text)
-            scored[row, prompt : len(text)] = True
-        # padded on the right, which a causal model does not see
-        h = model.model(ids, use_cache=False).last_hidden_state[:, :-1][scored[:, 1:]]
-        loss = F.cross_entropy(model.lm_head(h), ids[scored])
+        loss = answer_loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         factor = min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / len(batches))) / 2
@@ -361,12 +399,16 @@ def fit(model, encoder, demos, rng, log):
 
 
 def draw_pairs(model, encoder, tasks, per_prompt, rng, seed, log) -> list[dict]:
-    """The annotator's choice among the reference's answers at temperature 0.9 and a demonstration:
-    the best by one drawing of its opinions, against another at random."""
+    """Returns preference rows, per_prompt of them for each task.
+
+    The annotator compares the reference's answers at temperature 0.9 and one demonstration. For
+    each row it scores all of them anew. The answer with the highest score is chosen, and a random
+    other one is rejected.
+    """
     answers, rows = answer(model, encoder, tasks, 0.9, seed, samples=SAMPLES, log=log), []
     for i, task in enumerate(tasks):
         own = [a.text for a in answers[i * SAMPLES : (i + 1) * SAMPLES] if a.ended]
-        texts = dict.fromkeys([*own, demonstrate(rng, task.solution)])  # each once, in order
+        texts = dict.fromkeys([*own, demonstrate(rng, task.solution)])  # without repetitions
         texts = [t for t in texts if t.strip() and not encoder.special_text.search(t)]
         gold = {text: judge(task, text).gold for text in texts}
         for _ in range(per_prompt):
@@ -381,17 +423,26 @@ def draw_pairs(model, encoder, tasks, per_prompt, rng, seed, log) -> list[dict]:
     return rows
 
 
-def read_tasks(path) -> list[Task]:
-    return [Task(**row) for row in read_rows(str(path), "train")]
+def read_tasks(path: str | Path) -> list[Task]:
+    """Returns the tasks of a world's prompts.jsonl. Raises InputError for rows of another kind."""
+    try:
+        return [Task(**row) for row in read_rows(str(path), "train")]
+    except TypeError:
+        raise InputError(f"{path}: not prompts of the miniature") from None
 
 
-def build(seed: int, root="out/mini", log=print, sizes=SIZES) -> Path:
-    """Builds root/seedK unless it is there -> the folder. It appears whole or not at all."""
+def build(
+    seed: int, root: str | Path = "out/mini", log: Callable = print, sizes: dict = SIZES
+) -> Path:
+    """Builds the world root/seedK if it is not there, and returns its folder.
+
+    The folder appears whole or not at all. Raises InputError if it was built with other sizes.
+    """
     folder, settings = world_folder(seed, root), {"seed": seed} | sizes
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (folder.parent / f".seed{seed}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one builder; another waits here
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a second builder waits here for the first
             if not folder.exists():
                 build_alone(folder, settings, log)
     if json.loads((folder / "world.json").read_text()) != settings:
@@ -400,10 +451,11 @@ def build(seed: int, root="out/mini", log=print, sizes=SIZES) -> Path:
 
 
 def build_after(check: Callable, args, log: Callable):
-    """Builds the world of args.seed, unless it is there, after check has accepted the input.
+    """Builds the world of args.seed, if it is not there, after check has accepted the input.
 
-    check is called with a copy of args whose paths to this world lead to a stand-in. So it raises
-    its InputError before the minutes of building, not after them.
+    check(args) is called with a copy of args whose paths into this world lead to a stand-in. So its
+    InputError comes at once and not after the minutes of building. log(line) is called with lines
+    about the progress.
     """
     folder = world_folder(args.seed)
     if not folder.exists():
@@ -416,19 +468,23 @@ def build_after(check: Callable, args, log: Callable):
 
             try:
                 check(Namespace(**{name: replaced(value) for name, value in vars(args).items()}))
-            except InputError as error:
+            except InputError as error:  # the stand-in's path means nothing to the user
                 raise InputError(str(error).replace(temporary, str(folder))) from None
     build(args.seed, log=log)
 
 
 def write_stand_in(folder: Path, seed: int):
-    """Writes a world's files with an untrained model and with solutions as chosen answers."""
+    """Writes what a program reads of a world, of the same shape, in a second.
+
+    The model is untrained. Chosen answers are solutions; rejected ones differ in their first byte,
+    so that no limit of length makes them equal.
+    """
     rng, tokenizer = random.Random(seed), build_tokenizer()
     build_model(tokenizer, seed).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     for name, size in (("train", "train_pairs"), ("test", "test_prompts"), ("prompts", "prompts")):
         rows = [
-            task._asdict() | {"chosen": task.solution, "rejected": task.solution + "?"}
+            task._asdict() | {"chosen": task.solution, "rejected": "?" + task.solution}
             for task in draw_tasks(rng, SIZES[size], distinct=True)
         ]
         fields = Task._fields if name == "prompts" else rows[0]
@@ -436,16 +492,16 @@ def write_stand_in(folder: Path, seed: int):
         (folder / f"{name}.jsonl").write_text(text)
 
 
-def build_alone(folder, settings, log):
+def build_alone(folder: Path, settings: dict, log: Callable):
+    """Builds a world that no other process is building."""
     log(f"building {folder}, once")
     unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # what a killed build has left
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a build that was killed
     unfinished.mkdir()
     begin, threads = time.perf_counter(), torch.get_num_threads()
-    torch.set_num_threads(cpu.MINIATURE_THREADS)  # sums in float32 depend on it
+    torch.set_num_threads(cpu.MINIATURE_THREADS)  # everybody's world is to be the same
     try:
-        with torch.random.fork_rng(devices=[]):
-            write_world(unfinished, settings, log)
+        write_world(unfinished, settings, log)
         unfinished.rename(folder)
     finally:
         torch.set_num_threads(threads)
@@ -453,7 +509,8 @@ def build_alone(folder, settings, log):
     log(f"built {folder} in {time.perf_counter() - begin:.0f} s")
 
 
-def write_world(folder, settings, log):
+def write_world(folder: Path, settings: dict, log: Callable):
+    """Writes the files of a world into an empty folder."""
     seed, n_test = settings["seed"], settings["test_prompts"]
     rng = random.Random(seed)
     held_out = draw_tasks(rng, settings["prompts"] + n_test, distinct=True)
@@ -476,19 +533,19 @@ def write_world(folder, settings, log):
     (folder / "world.json").write_text(json.dumps(settings) + "\n")
 
 
-# ---------------------------------------------------------------------- its examination
+# ---------------------------------------------------------------------- what others call
 
 
 def examine(model: str, tasks: list[Task], temperature: float, seed: int) -> list[Verdict]:
-    """Answers of a Hugging Face folder to the tasks, judged."""
+    """Returns the judge's verdicts on the answers that a Hugging Face folder gives to tasks."""
     encoder = ChatEncoder(AutoTokenizer.from_pretrained(model))
     lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     answers = answer(lm, encoder, tasks, temperature, seed)
     return [judge(task, a.text) for task, a in zip(tasks, answers, strict=True)]
 
 
-def show(folder):
-    """A pair of each of ten families."""
+def show(folder: Path):
+    """Prints a pair of each of ten families."""
     rows = read_rows(str(folder / "train.jsonl"), "train")
     first = {row["family"]: row for row in reversed(rows)}
     for row in [first[family] for family in FAMILIES if family in first][:10]:
@@ -499,23 +556,26 @@ def show(folder):
 
 
 def parse_args(argv: list[str]):
-    parser = Parser("miniature.world", __doc__)
+    """Returns the settings of this program."""
+    usage = "python -m miniature.world [build | show] [--seed K]"
+    parser = Parser("miniature.world", __doc__, usage)
     parser.add_argument("action", nargs="?", choices=["build", "show"], default="build")
-    parser.add_argument("--seed", type=natural, default=0, help="another world [0]")
+    parser.add_argument("--seed", type=natural, default=0, help="which world [0]")
     return parser.parse_args(argv)
 
 
-def main():
+def main(argv: list[str] | None = None):
+    """Runs the program with a command line, by default that of the process."""
     quiet()
     try:
-        args = parse_args(sys.argv[1:])
+        args = parse_args(sys.argv[1:] if argv is None else argv)
         folder = build(args.seed)
+        if args.action == "show":
+            show(folder)
+        else:
+            print(folder)
     except (InputError, OSError) as error:
         sys.exit(f"miniature.world: {error}")
-    if args.action == "show":
-        show(folder)
-    else:
-        print(folder)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Claims about APO: train_apo.py, and what it asks of reward_model.py and generate.py.
+"""Claims about APO: apo/train_apo.py, and what it asks of reward_model.py and generate.py.
 
-python -m pytest -q test_apo.py -m "not slow"
+python -m pytest -q tests/test_apo.py -m "not slow"
 """
 
 import csv
@@ -14,20 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import train_apo
-from test_miniature import SMALL, first_command
-from train_apo import accuracy_and_ece, best_and_worst, difference_loss, pair_loss
 from transformers import AutoTokenizer
 
 import eval_alpaca
-import miniature
 import reward_model
 import train_ganpo
+from apo import train_apo
+from apo.train_apo import accuracy_and_ece, best_and_worst, difference_loss, pair_loss
+from data import user_chat
 from distributed import StopSignals
 from generate import pick
+from helpers import SMALL, command
+from miniature import world
 from reward_model import RewardModel
-
-HERE = Path(__file__).parent
 
 
 def test_pair_losses_are_weighted_sums_of_plain_ones():
@@ -86,14 +85,15 @@ def test_top_k_and_top_p_draw_from_the_most_probable_alone():
 
 
 @pytest.fixture(scope="module")
-def game(tmp_path_factory):
-    """A game in a world of seconds, in a folder of its own."""
+def game(small, tmp_path_factory):
+    """A folder to play in, where the miniature is a world of seconds."""
     folder = tmp_path_factory.mktemp("apo")
-    build = miniature.build
+    shutil.copytree(small, folder / "out" / "mini" / "seed0")
+    build = world.build
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(
-            miniature, "build", lambda seed, log=print: build(seed, log=lambda x: 0, sizes=SMALL)
+            world, "build", lambda seed, log=print: build(seed, log=lambda x: 0, sizes=SMALL)
         )
         yield folder
 
@@ -105,7 +105,6 @@ ARGV = "--rounds=2 --prompts=32 --batch_size=16 --max_new_tokens=32 --test_tempe
 def handed(game):
     """What the first round of a variant hands to the reward model's training: pairs, and the weight
     of each; no exam."""
-    miniature.build(0)
     rows = [json.loads(x) for x in open("out/mini/seed0/train.jsonl")]
     golden = [{"prompt": r["prompt"], "golden": r["solution"]} for r in rows]
     Path("solver.jsonl").write_text("\n".join(map(json.dumps, golden)))
@@ -177,20 +176,27 @@ def test_game_pairs_hold_the_golden_answer_above_each_other_sample(handed):
         (["--rounds=4"], "--lr: 3 rates for 4 rounds"),
         (["--golden=rows.jsonl"], "--golden rows.jsonl: row 1 has no text 'golden'"),
         (["--golden=empty.jsonl"], "--golden empty.jsonl: row 0 has no text 'golden'"),
-        (["--golden=few.jsonl"], "--batch_size 16: only 1 prompts or pairs"),
+        (["--golden=few.jsonl"], "--batch_size 16: only 1 prompts, 64 human pairs"),
         (["--human=nowhere.jsonl"], "nowhere.jsonl"),
         (["--held_out=long.jsonl"], "--held_out long.jsonl: 0 of 1 rows"),
-        (["--exam=few.jsonl", "--golden=golden.jsonl"], "--exam few.jsonl: no prompts of the mini"),
-        (["--exam=alpaca_eval"], "--exam alpaca_eval: no prompts of the miniature"),
+        (
+            ["--exam=few.jsonl", "--golden=golden.jsonl"],
+            "--exam: few.jsonl: not prompts",
+        ),
+        (["--exam=alpaca_eval"], "--exam: alpaca_eval: neither a file here"),
         (["--model=./nowhere"], "--model ./nowhere"),
         (["--aligner=ppo"], "invalid choice"),
         (["--samples=1"], "1 is not in [2,"),
         (["--", "--losss=dpo"], "unrecognized arguments: --losss=dpo"),
-        (["--", "--critic=paired", "--disc=mlp"], "--critic paired has no use for --disc"),
+        (["--", "--critic=paired", "--mean=batch"], "--critic paired has no use for --mean"),
         (["--", "--lr=1"], "--lr after --: the game sets it"),
     ],
 )
-def test_bad_input_ends_with_one_line(game, flags, message):
+def test_bad_input_ends_with_one_line(game, flags, message, monkeypatch):
+    def unreachable(name):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
     rows = [{"prompt": "a", "golden": "b"}, {"prompt": "c"}]
     pair = {"prompt": "a" * 300, "chosen": "b", "rejected": "c"}
     files = {
@@ -206,7 +212,6 @@ def test_bad_input_ends_with_one_line(game, flags, message):
 
 
 def test_a_reward_model_stopped_and_resumed_equals_an_undisturbed_one(game, monkeypatch):
-    miniature.build(0)
     flags = ["--batch_size=16", "--save_every=2"]
     reward_model.main([*flags, "--out_dir=whole"])
     save = reward_model.save_state
@@ -302,7 +307,7 @@ def test_a_signal_ends_the_game_and_it_resumes(step, game, monkeypatch, capsys):
     out = f"--out_dir=stop{step}"
     train_apo.main([*flags, out])
     said = capsys.readouterr().out.splitlines()[-1]
-    assert said == f"stopped; resume with: train_apo.py --resume {' '.join([*flags, out])}"
+    assert said == f"stopped; resume with: apo.train_apo --resume {' '.join([*flags, out])}"
     monkeypatch.undo()
     train_apo.main(["--resume", *flags, out])
     train_apo.main([*flags, f"--out_dir=straight{step}"])
@@ -332,7 +337,7 @@ def test_every_aligner_takes_its_step_on_the_best_and_worst(game, aligner):
     reward, n = RewardModel(str(home / "reward/hf"), torch.device("cpu")), 0
     for prompt in asked:
         texts = tasks[prompt]
-        scores = reward.score([miniature.chat(prompt)] * len(texts), texts) if texts else []
+        scores = reward.score([user_chat(prompt)] * len(texts), texts) if texts else []
         best, worst = best_and_worst(texts, scores) if texts else ("", "")
         good = [bool(text.strip()) and not re.search(r"<\|\w+\|>", text) for text in (best, worst)]
         two = all(good) and best.strip() != worst.strip()
@@ -345,13 +350,12 @@ def test_every_aligner_takes_its_step_on_the_best_and_worst(game, aligner):
 
 @pytest.mark.slow
 def test_two_ranks_play_the_game_of_one(game, handed):
-    miniature.build(0)
-    shutil.copytree("out/mini/seed0", "world")
-    flags = [*ARGV, "--variants=apo", "--rounds=1", "--model=world/model", "--golden=solver.jsonl"]
-    flags += ["--human=world/train.jsonl", "--held_out=world/test.jsonl"]
-    flags += ["--exam=world/prompts.jsonl"]
-    train_apo.main([*flags, "--out_dir=one"])
-    done = first_command(game, "--nproc_per_node=2", HERE / "train_apo.py", *flags, "--out_dir=two")
+    home = shutil.copytree("out/mini/seed0", game / "world")
+    flags = [*ARGV, "--variants=apo", "--rounds=1", f"--model={home}/model"]
+    flags += [f"--golden={game}/solver.jsonl", f"--human={home}/train.jsonl"]
+    flags += [f"--held_out={home}/test.jsonl", f"--exam={home}/prompts.jsonl"]
+    train_apo.main([*flags, f"--out_dir={game}/one"])
+    done = command("-m", "apo.train_apo", *flags, f"--out_dir={game}/two", torchrun=2)
     assert done.returncode == 0, done.stderr
     one, two = (json.loads(Path(x, "apo/round1/round.json").read_text()) for x in ("one", "two"))
     assert one.pop("variant") == two.pop("variant")

@@ -1,6 +1,6 @@
-"""Claims about attention.py: the kernels for GPUs against the loop, as far as a CPU can show them.
+"""Claims about attention.py and attention_gpu.py: each kind against a mask written token by token.
 
-    python -m pytest -q test_attention.py
+    python -m pytest -q tests/test_attention.py
 
 flex_attention itself runs here, forward only and not compiled. varlen_attn does not: a plain loop
 stands in, which aligns its causal diagonal as the kernel's documentation says.
@@ -11,10 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_train import SHAPES, make_model, triplets_for
 
 import attention
-from data import InputError, pack
+import attention_gpu
+from data import InputError
+from helpers import SHAPES, make_model, triplets_for
+from packing import pack
 from policy import load_lm
 
 # rows around the size of a block of flex_attention's masks, 128
@@ -43,11 +45,11 @@ def naive_mask(segments, window):
 
 @pytest.mark.parametrize("window", [None, 1, 6, 40])
 def test_block_masks_are_the_mask_token_by_token(window, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", 16)  # so that short rows have whole blocks
+    monkeypatch.setattr(attention_gpu, "BLOCK", 16)  # so that short rows have whole blocks
     lengths = [(8, 23, 1), (1, 3, 11), (33, 40, 50), (12, 1, 1), (7, 60, 8)]
     segments = pack(triplets_for(lengths)).segments
     expected = naive_mask(segments, window)
-    mask = attention.block_mask(segments, window, CPU)
+    mask = attention_gpu.block_mask(segments, window, CPU)
     T, n = len(expected), -(-len(expected) // 16)
     q, k = torch.arange(T)[:, None], torch.arange(T)[None]
     assert (mask.mask_mod(0, 0, q, k).numpy() == expected).all()
@@ -69,6 +71,25 @@ def test_block_masks_are_the_mask_token_by_token(window, monkeypatch):
             kind = "full_kv" if whole else "kv" if block.any() else None
             assert listed.get((row, column)) == kind, (row, column)
     assert "full_kv" in listed.values() or window in (1, 6)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_loop_is_softmax_under_the_mask_token_by_token(softcap):
+    """One layout for several windows, as for a model whose layers alternate."""
+    batch = pack(triplets_for([(5, 9, 4), (1, 3, 11), (12, 1, 1), (7, 20, 8)]))
+    torch.manual_seed(0)
+    q = torch.randn(1, 4, len(batch.ids), 8, dtype=torch.float64)
+    k, v = torch.randn(2, 1, 2, len(batch.ids), 8, dtype=torch.float64)
+    layout = attention.layout("loop", batch)
+    for window in (None, 6, 1, 40, None):
+        found = layout.attend(q, k, v, 0.3, window, softcap)
+        scores = 0.3 * q @ k.repeat_interleave(2, dim=1).transpose(2, 3)
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        mask = torch.from_numpy(naive_mask(batch.segments, window))
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        expected = (weights @ v.repeat_interleave(2, dim=1)).transpose(1, 2)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", SHAPES)
@@ -141,9 +162,9 @@ BF16, FP32 = torch.bfloat16, torch.float32
     ("auto", None, CUDA, FP32, "loop"), ("auto", None, CUDA, BF16, "varlen"),
     ("auto", 50.0, CUDA, BF16, "flex"), ("loop", 50.0, CUDA, BF16, "loop"),
     ("flex", None, CUDA, BF16, "flex"), ("varlen", None, CUDA, BF16, "varlen"),
-    ("varlen", 50.0, CUDA, BF16, "--attention varlen knows no soft-capping"),
-    ("varlen", None, CUDA, FP32, "--attention varlen needs a GPU and bfloat16, not cuda, float32"),
-    ("flex", None, CPU, BF16, "--attention flex needs a GPU and bfloat16, not cpu, bfloat16"),
+    ("varlen", 50.0, CUDA, BF16, "--attention varlen has no soft-capping"),
+    ("varlen", None, CUDA, FP32, "--attention varlen needs a GPU .*; here are cuda and float32"),
+    ("flex", None, CPU, BF16, "--attention flex needs a GPU and .*; here are cpu and bfloat16"),
 ])  # fmt: skip
 def test_attention_is_chosen_by_device_and_model_or_refused(
     wanted, softcap, device, dtype, expected

@@ -1,11 +1,25 @@
-"""Claims about bench.py: what it times, counts, estimates and compares."""
+"""Claims about tools/bench.py and tools/estimate.py: what they time, count, estimate and compare.
+
+python -m pytest -q tests/test_bench.py -m "not slow"
+"""
 
 import json
+from types import SimpleNamespace
 
-import bench
 import pytest
 import torch
 from transformers import AutoConfig
+
+import settings
+from data import load_pairs
+from discriminator import autocast_of, build_critics
+from helpers import flags, tiny
+from losses import OPO_LOSSES, PreferenceLoss, with_settings
+from packing import pack, survey
+from policy import load_lm
+from tools import bench, estimate
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -26,7 +40,7 @@ def workload(tmp_path):
 
 
 def benched(capsys, *argv):
-    """-> what it printed, and the object in its last line."""
+    """What it printed, and the object in its last line."""
     bench.main([*map(str, argv), "--json"])
     printed = capsys.readouterr().out
     return printed, json.loads(printed.splitlines()[-1])
@@ -92,7 +106,7 @@ def test_bench_puts_another_program_beside_itself(workload, capsys, monkeypatch)
     assert other == 1 and here > 1 and ratio == pytest.approx(here, abs=0.01)
     assert rows["step_s"][1] == 1  # a list of steps counts as their mean
     monkeypatch.setattr(bench, "ROUNDS", 1)
-    with pytest.raises(SystemExit, match="^bench.py: .*echo hello printed no such line"):
+    with pytest.raises(SystemExit, match="^tools.bench: .*echo hello printed no JSON object"):
         bench.main([str(workload[0]), "--batch_size=2", "--vs", "echo hello"])
 
 
@@ -101,5 +115,58 @@ def test_bench_refuses_what_it_cannot_measure(workload, tmp_path):
         ((tmp_path / "nothing",), "no workload"),
         ((workload[0], "--batch_size=4"), "6 pairs, 12 needed"),
     ):
-        with pytest.raises(SystemExit, match=rf"^bench.py: .*{message}"):
+        with pytest.raises(SystemExit, match=rf"^tools.bench: .*{message}"):
             bench.main([str(x) for x in argv])
+
+
+# ---------------------------------------------------------------------- the estimate of memory
+
+
+SETTINGS = [(), ("--checkpointing",), ("--lambda_adv=0",), ("--critic=mse",), ("--critic=paired",)]
+
+
+@pytest.mark.parametrize("more", SETTINGS, ids=" ".join)
+def test_the_estimate_of_graphs_is_what_autograd_keeps(more, tiny_world, tmp_path):
+    """The same count over real tensors; what bench.py measures stands in docs/speed.md."""
+    args = settings.parse_args(
+        flags(tiny_world, tmp_path / "r", *more, "--micro_batch_size=3", family="gemma2")
+    )
+    config = AutoConfig.from_pretrained(args.model)
+    pairs = load_pairs(args.dataset, "train", tiny(), 64).triplets
+    plans = survey([pairs[:8], pairs[8:16], pairs[16:24]], args, 1)
+    parts = estimate.estimated_memory(args, config, plans, CPU, 1)
+    run = SimpleNamespace(args=args, critics=build_critics(args, config.hidden_size))
+    run.opo_loss, run.of_rewards = with_settings(args.loss, vars(args)), (True, args.beta)
+    run.autocast = autocast_of(CPU, torch.float32)
+    run.policy = load_lm(args.model, torch.float32, args.checkpointing)
+    run.ref = load_lm(args.model, torch.float32).requires_grad_(False)
+    forwards = plans.heaviest if run.critics else [plans.longest]
+    kept = []
+    for pairs in forwards:
+        kept.append(estimate.kept_bytes(run, pack(pairs)))
+        if run.critics:
+            run.critics.requires_grad_(True)
+    assert parts["graphs"] == pytest.approx(sum(kept), rel=0.1)
+    weights = sum(p.numel() for p in run.policy.parameters())
+    assert parts["reference"] == 4 * weights
+    assert parts["weights, moments, gradients"] == 16 * weights
+
+
+def test_a_step_that_reads_a_tensors_value_is_measured_without_an_estimate(
+    workload, monkeypatch, capsys
+):
+    def curious(lp):
+        scale = 1 / max(1.0, lp.logp_chosen.abs().max().item())
+        return scale * (lp.logp_rejected - lp.logp_chosen)
+
+    def sparse(lp):
+        return lp.logp_rejected - lp.logp_chosen[lp.logp_chosen < 0].mean()
+
+    for loss, asked in ((curious, "_local_scalar_dense"), (sparse, "nonzero")):
+        monkeypatch.setitem(OPO_LOSSES, "mine", PreferenceLoss(loss, False, {}))
+        argv = [workload[0], "--batch_size=2", "--loss=mine"]
+        with pytest.raises(SystemExit, match=f"reads a tensor's value, .*{asked}"):
+            bench.main([*map(str, argv), "--estimate=2"])
+    printed, result = benched(capsys, *argv, "--steps=1")
+    assert "no estimate of memory: the loss or a critic reads" in printed
+    assert result["estimated_gb"] is None and result["tokens_per_s"] > 0

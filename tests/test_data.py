@@ -1,9 +1,10 @@
-"""Claims about data.py: which rows become triplets, their exact token ids, their order and packing.
+"""Claims about data.py and packing.py: which rows become triplets, their ids, order and packing.
 
-    python -m pytest -q test_data.py
+    python -m pytest -q tests/test_data.py -m "not slow"
 
-Most of it runs on a byte-level tokenizer made here. The claims on real tokenizers and data sets
-read the folder `shared` beside the repository, and are skipped where that is absent.
+Nearly all of it runs on a byte-level tokenizer and rows that are made here, with chat templates of
+our own in the style of Gemma's and Llama-3's. Claims on published tokenizers and data sets read the
+folder `shared` beside the repository, and are skipped where that is absent.
 """
 
 import gzip
@@ -12,37 +13,22 @@ import json
 import random
 import tarfile
 from collections import Counter
-from functools import cache
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
-from data import (
-    ChatEncoder,
-    InputError,
-    Triplet,
-    batch_indices,
-    epoch_order,
-    load_pairs,
-    pack,
-    plan_forwards,
-)
+from data import ChatEncoder, InputError, Triplet, load_pairs
+from helpers import CHAT, DATA, SHARED, TURNS, tiny, write_lines
+from packing import batch_indices, epoch_order, pack, plan_forwards, survey
 
-SHARED = Path(__file__).resolve().parent.parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no published data at {SHARED}")
 
-# ---------------------------------------------------------------------- a tiny tokenizer, and rows
+# ---------------------------------------------------------------------- templates, and rows
 
-SPECIAL = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
-TURNS = (  # strips contents and ends a turn with a token and a line feed, as Gemma's does
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-CHAT = "<s>" + TURNS
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHAT
 PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"  # nothing ends or separates turns
 MERGING = (  # with a token for ":y", the header's colon is another token where "yes" follows
@@ -50,18 +36,6 @@ MERGING = (  # with a token for ":y", the header's colon is another token where 
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 HEAD = "<|user|>q<|end|>\n<|assistant|>"  # how CHAT without its BOS renders the prompt "q"
-
-
-@cache
-def tiny(template=CHAT, bos="<s>", merges=()):
-    """One token a byte, but for the merges and the special tokens."""
-    vocab = SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in merges]
-    bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(vocab)}, list(merges)))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=bos, eos_token="</s>")
-    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[2:]})
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def ids(text, tokenizer=None):
@@ -87,13 +61,8 @@ def good(n):
     return [row(f"question {i}", f"yes {i}", f"no {i}") for i in range(n)]
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return str(path)
-
-
 def load(tmp_path, rows, tokenizer=None, max_length=512):
-    source = write(tmp_path / "rows.jsonl", rows)
+    source = write_lines(tmp_path / "rows.jsonl", rows)
     return load_pairs(source, "train", tokenizer or tiny(), max_length)
 
 
@@ -110,9 +79,21 @@ def error_of(source, split="train"):
     return message
 
 
-# ---------------------------------------------------------------------- real tokenizers and data
+# ---------------------------------------------------------------------- usual templates and data
 
-REAL = {  # the end of turn, the assistant header, and a conversation by the template's rendering
+STYLES = {  # special tokens, end of turn, assistant header, a conversation as it is rendered
+    "gemma": (
+        ("<bos>", "<eos>", "<open>", "<close>"), "<close>", "<open>model\n",
+        "<bos><open>user\nHello there!<close>\n<open>model\nHi.<close>\n"
+        "<open>user\n2+2?<close>\n<open>model\n4<close>",
+    ),
+    "llama": (
+        ("<begin>", "<end>", "<head>", "<text>"), "<end>", "<head>assistant<text>\n\n",
+        "<begin><head>user<text>\n\nHello there!<end><head>assistant<text>\n\nHi.<end>"
+        "<head>user<text>\n\n2+2?<end><head>assistant<text>\n\n4<end>",
+    ),
+}  # fmt: skip
+REAL = {  # of published tokenizers the same, as token ids
     "gemma-2-2b-it": (
         107,
         [106, 2516, 108],
@@ -128,70 +109,180 @@ REAL = {  # the end of turn, the assistant header, and a conversation by the tem
 }
 
 
-@pytest.fixture(scope="session", params=REAL)
-def real(request, tmp_path_factory):
-    """A published tokenizer with the facts above."""
-    if not SHARED.is_dir():
-        pytest.skip(f"no real data at {SHARED}")
-    folder = tmp_path_factory.mktemp("tokenizers")
-    with tarfile.open(SHARED / f"tokenizers/{request.param}.tar.gz") as archive:
-        archive.extractall(folder, filter="data")
-    return AutoTokenizer.from_pretrained(folder / request.param), *REAL[request.param]
+@pytest.fixture(params=STYLES)
+def style(request):
+    """A tokenizer with a template of our own, and the facts above as token ids."""
+    special, *texts = STYLES[request.param]
+    template = (DATA / f"{request.param}_style.jinja").read_text()
+    tokenizer = tiny(template, special[0], special=special)
+    end, header, conversation = (ids(text, tokenizer) for text in texts)
+    return tokenizer, end[0], header, conversation
 
 
-@cache
-def real_pairs(tokenizer, file):
-    """Each file once per tokenizer: these loads are nearly all of the tests' time."""
-    return load_pairs(str(SHARED / "prefs" / file), "train", tokenizer, max_length=2048)
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """The published tokenizers with the facts above, by name."""
+    folder, found = tmp_path_factory.mktemp("tokenizers"), {}
+    for name, (end, header, conversation) in REAL.items():
+        with tarfile.open(SHARED / f"tokenizers/{name}.tar.gz") as archive:
+            archive.extractall(folder, filter="data")
+        tokenizer = AutoTokenizer.from_pretrained(folder / name)
+        found[name] = tokenizer, end, header, [int(i) for i in conversation.split()]
+    return found
 
 
-def test_real_templates_give_exactly_the_documented_ids(real):
-    tokenizer, _, header, conversation = real
-    whole = [int(i) for i in conversation.split()]
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory):
+    """Rows of our own in the schemas of the usual data sets, with their usual faults."""
+    folder, rng = tmp_path_factory.mktemp("usual"), random.Random(0)
+    words = "the old fox saw a red hen by the cold river, and 3 % more: é, 中!".split()
+
+    def say(n):
+        return " ".join(rng.choices(words, k=n)) + rng.choice([".", "?", " \n"])
+
+    prompts, chosen, rejected = ([say(rng.randint(3, 12)) for _ in range(500)] for _ in "pcr")
+    for i, text in ((7, " \n"), (50, chosen[50]), (60, chosen[60]), (70, chosen[70] + "\n")):
+        rejected[i] = text
+    triples = list(zip(prompts, chosen, rejected, strict=True))
+    scores = [{"score_chosen": 5.0, "score_rejected": 5.0 - (i % 10 > 0)} for i in range(500)]
+    of_trl = [{"chosen": chat(p, c), "rejected": chat(p, r)} for p, c, r in triples]
+    of_trl = [row | score for row, score in zip(of_trl, scores, strict=True)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(of_trl), folder / "ultrafeedback.parquet")
+    systems = [[{"role": "system", "content": say(5)}] * (i % 3 == 0) for i in range(200)]
+    turns = [s + chat(p, say(4), say(6)) for s, (p, _, _) in zip(systems, triples, strict=False)]
+    turns[20][-1]["content"] *= 99  # no room for an answer
+    answers = [(answer(c), answer(r)) for _, c, r in triples[100:300]]
+    factory = [(t, *pair) for t, pair in zip(turns, answers, strict=True)]
+    hh = [
+        ["".join(f"\n\nHuman: {p}\n\nAssistant: {text}" for text in (chosen[0], x)) for x in (c, r)]
+        for p, c, r in triples[100:400]
+    ]
+    hh[5][0] = hh[5][0].replace("Human: ", "Human: no ")
+    hh[6][0] += "\n\nAssistant: and more"
+    hh[9] = [text.rsplit("Assistant: ", 1)[0] + "Assistant: " for text in hh[9]]
+    files = {
+        "ultrafeedback_trl": of_trl,
+        "ultrafeedback_h4": [
+            {"prompt": p, "prompt_id": str(i), "messages": r["chosen"], **r}
+            for i, (p, r) in enumerate(zip(prompts, of_trl, strict=True))
+        ],
+        "ultrafeedback_plain": [row(*t) for t in triples],
+        "ultrafeedback_explicit_chat": [row(chat(p), answer(c), answer(r)) for p, c, r in triples],
+        "factory_explicit": [row(*t) for t in factory],
+        "factory_implicit": [{"chosen": t + c, "rejected": t + r} for t, c, r in factory],
+        "hh": [{"chosen": c, "rejected": r} for c, r in hh],
+        "orca_flat": [{"system": "s", "question": p, "chosen": c, "rejected": r}
+                      for p, c, r in triples[:9]],
+    }  # fmt: skip
+    for name, rows in files.items():
+        text = "".join(json.dumps(r) + "\n" for r in rows)
+        (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    return folder
+
+
+def check_conversation(tokenizer, end_of_turn, header, whole):
     turns = chat("  Hello there!", "Hi.  ", "2+2?")
     triplet = ChatEncoder(tokenizer).triplet(turns, "4", "5", 2048, 0, Counter())
     assert [*triplet.prompt, *triplet.chosen] == whole
     assert len(triplet.chosen) == 2 and whole[:-2][-len(header) :] == header
 
 
-@pytest.mark.parametrize("file", ["ultrafeedback_trl", "llamafactory_dpo_en_implicit"])
-def test_every_real_row_has_one_bos_an_unscored_header_and_an_end_of_turn(real, file):
-    tokenizer, end_of_turn, header, _ = real
-    for prompt, *answers in lists(real_pairs(tokenizer, f"{file}.jsonl.gz")):
+def check_rows(pairs, tokenizer, end_of_turn, header, max_length):
+    for prompt, *answers in lists(pairs):
         assert prompt[0] == tokenizer.bos_token_id and prompt[-len(header) :] == header
         assert sum([prompt, *answers], []).count(tokenizer.bos_token_id) == 1
         for scored in answers:
-            assert scored[-1] == end_of_turn or len(prompt + scored) == 2048
-            assert end_of_turn not in scored[:-1] and len(prompt + scored) <= 2048
+            assert scored[-1] == end_of_turn or len(prompt + scored) == max_length
+            assert end_of_turn not in scored[:-1] and len(prompt + scored) <= max_length
 
 
-def test_every_ultrafeedback_schema_gives_the_same_ids(real):
-    first = real_pairs(real[0], "ultrafeedback_trl.jsonl.gz")
-    assert (len(first.triplets), first.n_rows) == (770, 774)
-    with_scores = ["trl.jsonl.gz", "h4.jsonl.gz", "trl.parquet"]
-    for schema in [*with_scores, "plain.jsonl.gz", "explicit_chat.jsonl.gz"]:
-        pairs = real_pairs(real[0], f"ultrafeedback_{schema}")
+def check_schemas(sources, ties, load):
+    """Those of data with scores come first."""
+    first, *others = [load(source) for source in sources]
+    for pairs in others:
         assert lists(pairs) == lists(first) and pairs.fingerprint == first.fingerprint
-        assert pairs.dropped == {"empty answer": 1, "identical pair": 3}
-        assert pairs.notes == ({"score tie": 95} if schema in with_scores else {})
+    for pairs, known in zip([first, *others], [{"score tie": ties}] * 3 + [{}] * 2, strict=True):
+        assert pairs.dropped == {"empty answer": 1, "identical pair": 3} and pairs.notes == known
+    return first
 
 
-def test_system_turns_are_folded_only_where_the_template_refuses_them(real):
-    implicit = real_pairs(real[0], "llamafactory_dpo_en_implicit.jsonl.gz")
-    explicit = real_pairs(real[0], "llamafactory_dpo_en_explicit.jsonl.gz")
+def test_templates_in_the_usual_styles_give_exactly_the_documented_ids(style):
+    check_conversation(*style)
+
+
+@needs_shared
+def test_real_templates_give_exactly_the_documented_ids(real):
+    for facts in real.values():
+        check_conversation(*facts)
+
+
+@pytest.mark.parametrize("file", ["ultrafeedback_trl", "factory_implicit", "hh"])
+def test_every_row_has_one_bos_an_unscored_header_and_an_end_of_turn(file, style, usual):
+    tokenizer, *facts, _ = style
+    pairs = load_pairs(str(usual / f"{file}.jsonl.gz"), "train", tokenizer, 300)
+    assert len(pairs.triplets) > 190
+    check_rows(pairs, tokenizer, *facts, 300)
+
+
+SCHEMAS_WITH_SCORES = ["trl.jsonl.gz", "h4.jsonl.gz", "trl.parquet"]
+
+
+def test_every_ultrafeedback_schema_gives_the_same_ids(style, usual):
+    names = ["_trl.jsonl.gz", "_h4.jsonl.gz", ".parquet", "_plain.jsonl.gz"]
+    names.append("_explicit_chat.jsonl.gz")
+    first = check_schemas(
+        [str(usual / f"ultrafeedback{name}") for name in names], 47,  # 50 less identical pairs
+        lambda source: load_pairs(source, "train", style[0], 300),
+    )  # fmt: skip
+    assert (len(first.triplets), first.n_rows) == (496, 500)
+
+
+def test_system_turns_are_folded_only_where_the_template_refuses_them(style, usual):
+    implicit, explicit = (
+        load_pairs(str(usual / f"factory_{kind}.jsonl.gz"), "train", style[0], 400)
+        for kind in ("implicit", "explicit")
+    )
     assert implicit.fingerprint == explicit.fingerprint
-    assert implicit.dropped == explicit.dropped == {"prompt leaves no room": 2}
-    assert implicit.notes["system turn folded"] == (59 if real[1] == 107 else 0)
+    assert implicit.dropped == explicit.dropped == {"prompt leaves no room": 1}
+    takes_none = style[0].bos_token == "<bos>"
+    assert implicit.notes["system turn folded"] == (67 if takes_none else 0)
 
 
-def test_hh_rlhf_drops_are_counted_by_reason(real):
-    pairs = real_pairs(real[0], "hh_harmless_base_test.jsonl.gz")
-    reasons = {"different prompts": 4, "empty answer": 3, "turns do not alternate": 2}
-    assert pairs.dropped == reasons and len(pairs.triplets) == 1470
-    assert pairs.summary().startswith("1,470 of 1,479 rows; dropped: different prompts 4, empty")
+def test_hh_rlhf_drops_are_counted_by_reason(style, usual):
+    pairs = load_pairs(str(usual / "hh.jsonl.gz"), "train", style[0], 500)
+    assert pairs.dropped == {"different prompts": 2, "empty answer": 1}
+    assert pairs.summary().startswith("297 of 300 rows; dropped: different prompts 2, empty")
 
 
-def test_the_flat_orca_file_is_refused_naming_its_columns(real):
+def test_the_flat_orca_file_is_refused_naming_its_columns(usual):
+    message = error_of(usual / "orca_flat.jsonl.gz")
+    assert "system, question, chosen, rejected" in message
+
+
+@needs_shared
+@pytest.mark.slow
+def test_real_data_sets_keep_and_drop_what_was_counted(real):
+    """All claims above on the published files and tokenizers."""
+    for tokenizer, end_of_turn, header, _ in real.values():
+
+        def load(name, tokenizer=tokenizer):
+            return load_pairs(str(SHARED / "prefs" / name), "train", tokenizer, 2048)
+
+        names = [f"ultrafeedback_{x}" for x in (*SCHEMAS_WITH_SCORES, "plain.jsonl.gz",
+                                                "explicit_chat.jsonl.gz")]  # fmt: skip
+        first = check_schemas(names, 95, load)
+        assert (len(first.triplets), first.n_rows) == (770, 774)
+        implicit, explicit = (
+            load(f"llamafactory_dpo_en_{kind}.jsonl.gz") for kind in ("implicit", "explicit")
+        )
+        assert implicit.fingerprint == explicit.fingerprint
+        assert implicit.dropped == explicit.dropped == {"prompt leaves no room": 2}
+        assert implicit.notes["system turn folded"] == (59 if end_of_turn == 107 else 0)
+        hh = load("hh_harmless_base_test.jsonl.gz")
+        reasons = {"different prompts": 4, "empty answer": 3, "turns do not alternate": 2}
+        assert hh.dropped == reasons and len(hh.triplets) == 1470
+        for pairs in (first, implicit):
+            check_rows(pairs, tokenizer, end_of_turn, header, 2048)
     message = error_of(SHARED / "prefs/orca_dpo_pairs_flat.jsonl.gz")
     assert "system, question, chosen, rejected" in message
 
@@ -292,7 +383,7 @@ def test_a_faulty_row_is_dropped_under_its_own_reason(reason, fault, tmp_path):
 def test_more_than_one_percent_of_malformed_rows_stops_the_load_with_counts(tmp_path):
     assert len(load(tmp_path, [*good(99), row("q", "a", "a")]).triplets) == 99
     rows = [*good(150), row("q", "a", "a"), row("q", "", "a")]
-    message = error_of(write(tmp_path / "bad.jsonl", rows))
+    message = error_of(write_lines(tmp_path / "bad.jsonl", rows))
     first = "the first of each, from 0: identical pair 150, empty answer 151"
     for part in ("2 of 152 rows", "1%", "identical pair 1", "empty answer 1", first, "accepted"):
         assert part in message
@@ -378,7 +469,7 @@ def test_a_system_turn_that_the_template_leaves_out_is_folded(tmp_path):
 def test_a_template_that_ends_no_turn_needs_an_eos(tmp_path):
     tokenizer = tiny.__wrapped__(PLAIN)  # not the cached one, which others use
     tokenizer.eos_token = None
-    with pytest.raises(InputError, match="ends no turn and the tokenizer has no EOS"):
+    with pytest.raises(InputError, match="no special token that ends a turn, .* no EOS"):
         load(tmp_path, good(1), tokenizer)
 
 
@@ -508,7 +599,7 @@ def test_a_batch_is_a_function_of_its_step_alone():
 
 # ---------------------------------------------------------------------- packing
 
-LENGTHS = [(1, 1, 1), (5, 2, 7), (3, 6, 1), (4, 4, 4)]  # prompt, chosen, rejected
+ROW = [(1, 1, 1), (5, 2, 7), (3, 6, 1), (4, 4, 4)]  # lengths of prompt, chosen, rejected
 
 
 def distinct_triplets():
@@ -516,7 +607,7 @@ def distinct_triplets():
     tokens = iter(range(100, 1000))
     return [
         Triplet(*(np.array([next(tokens) for _ in range(n)], dtype=np.int32) for n in lengths), i)
-        for i, lengths in enumerate(LENGTHS)
+        for i, lengths in enumerate(ROW)
     ]
 
 
@@ -558,6 +649,21 @@ def test_forwards_are_longest_first_and_a_pair_beyond_the_limit_is_alone():
     ]  # fmt: skip
 
 
+def test_a_survey_counts_the_forwards_and_finds_those_with_the_most_tokens():
+    args = SimpleNamespace(micro_batch_size=2, micro_tokens=100)
+    lengths = [30, 30, 30, 30], [90, 10, 40, 60], [120, 9, 8, 7]
+    steps = [triplets_of(x) for x in lengths]
+    alone = survey(steps, args, 1)
+    assert (alone.fewest, alone.most, alone.imbalance) == (2, 3, 0)
+    assert [t.row for t in alone.longest] == [0]  # of 120 tokens, in a forward of its own
+    assert [[t.row for t in part] for part in alone.heaviest] == [[0], [3, 2], [1]]  # 200 in a step
+    two = survey(steps, args, 2)
+    assert (two.fewest, two.most) == (1, 2)
+    # the ranks of each step have 60 and 60, 100 and 100, 127 and 17 tokens
+    assert two.imbalance == pytest.approx((0 + 0 + 127 / 72 - 1) / 3)
+    assert [[t.row for t in part] for part in two.heaviest] == [[0], [3]]
+
+
 def naive_pack(triplets):
     """The layout token by token: ids, position ids, and where the parts of each sequence lie."""
     ids, positions, chosen, rejected = [], [], [], []
@@ -584,13 +690,13 @@ def test_packing_equals_the_naive_construction():
             predict.append(scored[k - 1] if k else prompt[-1])
             labels.append(ids[place])
             owner.append(sequence)
-    for i, (p, c, r) in enumerate(LENGTHS):
+    for i, (p, c, r) in enumerate(ROW):
         segments.append((places[i][0][0], p, c, r))
     assert packed.ids.tolist() == ids and packed.position_ids.tolist() == positions
     assert packed.predict.tolist() == predict and packed.labels.tolist() == labels
     assert packed.owner.tolist() == owner and packed.segments == tuple(segments)
     assert packed.lengths.tolist() == [len(scored) for _, scored in places]
-    assert packed.real_tokens == sum(2 * p + c + r for p, c, r in LENGTHS)
+    assert packed.real_tokens == sum(2 * p + c + r for p, c, r in ROW)
 
 
 def test_every_sequence_reads_as_if_it_stood_alone():

@@ -1,15 +1,16 @@
-"""Claims about the embedded world and sampling: miniature.py, generate.py, the first command.
+"""Claims about the embedded world and sampling: miniature/world.py, generate.py, the first command.
 
-    python -m pytest -q test_miniature.py -m "not slow"
+    python -m pytest -q tests/test_miniature.py -m "not slow"
 
 The judge is tried on answers written by hand, the solver against prompts read by regular
 expressions, sampling against one row at a time without a cache.
 """
 
+import cpu
+
 import csv
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -19,22 +20,22 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_train import SHAPES, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import generate as generate_module
-import miniature
-from data import ChatEncoder, InputError, load_pairs
+import report
+import train_ganpo
+from data import ChatEncoder, InputError, load_pairs, user_chat
 from generate import Answer, generate, pick, uniforms
-from miniature import FAMILIES, Task, annotate, chat, demonstrate, draw_tasks, judge
+from helpers import ROOT, SHAPES, SMALL, command, lines_of, make_model, rows_of, wait_for
+from miniature import world
+from miniature.world import FAMILIES, Task, annotate, demonstrate, draw_tasks, judge
 
-HERE = Path(__file__).resolve().parent
-SMALL = dict(prompts=44, train_prompts=60, train_pairs=64, test_prompts=16, sft_steps=100)
+TINY = SMALL | {"sft_steps": 5}  # for claims that do not depend on what the reference has learnt
 
 # ---------------------------------------------------------------------- tasks and judge
 
@@ -79,7 +80,7 @@ def hand_task(family):
 
 def test_every_family_has_hand_written_answers():
     assert set(ANSWERS) == set(FAMILIES) and len(FAMILIES) == 11
-    assert set(miniature.OPEN) == {f for f in FAMILIES if hand_task(f)[0].args}
+    assert set(world.OPEN) == {f for f in FAMILIES if hand_task(f)[0].args}
 
 
 @pytest.mark.parametrize("family", ANSWERS)
@@ -169,33 +170,27 @@ def test_annotator_agrees_as_designed(gap, longer):
 # ---------------------------------------------------------------------- the world on disk
 
 
-@pytest.fixture(scope="session")
-def small(tmp_path_factory):
-    """A world of a few seconds, seed 0."""
-    return miniature.build(0, tmp_path_factory.mktemp("mini"), log=lambda line: None, sizes=SMALL)
-
-
 def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_same_seed_same_files_whatever_the_threads_and_another_seed_another_world(small, tmp_path):
+def test_same_seed_same_files_whatever_the_threads_and_another_seed_another_world(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cpu, "MINIATURE_THREADS", 1)  # two would wait for each other here
+    first = world.build(0, tmp_path / "a", lambda line: None, TINY)
     torch.manual_seed(123)  # another state than the first build met
     threads, state = torch.get_num_threads(), torch.get_rng_state()
-    torch.set_num_threads(1)
-    again = miniature.build(0, tmp_path / "a", log=lambda line: None, sizes=SMALL)
-    assert torch.get_num_threads() == 1 and torch.equal(torch.get_rng_state(), state)
-    torch.set_num_threads(threads)
-    assert contents(again) == contents(small)
-    other = contents(
-        miniature.build(1, tmp_path / "a", lambda line: None, SMALL | {"sft_steps": 5})
-    )
+    try:
+        torch.set_num_threads(3)
+        again = world.build(0, tmp_path / "b", lambda line: None, TINY)
+        assert torch.get_num_threads() == 3 and torch.equal(torch.get_rng_state(), state)
+    finally:
+        torch.set_num_threads(threads)
+    assert contents(again) == contents(first)
+    other = contents(world.build(1, tmp_path / "a", lambda line: None, TINY))
     assert all(
-        other[f] != v for f, v in contents(small).items() if f.endswith(("jsonl", "tensors"))
+        other[f] != v for f, v in contents(first).items() if f.endswith(("jsonl", "tensors"))
     )
 
 
@@ -210,7 +205,7 @@ def test_files_load_as_any_other_model_and_data_set(small):
     for name in ("train", "test"):
         data = load_pairs(str(small / f"{name}.jsonl"), "train", tokenizer, 256)
         assert len(data.triplets) == data.n_rows > 10 and not data.notes  # no tie, no inversion
-    assert all(judge(t, t.solution).strict for t in miniature.read_tasks(small / "prompts.jsonl"))
+    assert all(judge(t, t.solution).strict for t in world.read_tasks(small / "prompts.jsonl"))
 
 
 def test_held_out_prompts_are_in_no_training_file(small):
@@ -232,12 +227,12 @@ def test_pairs_carry_the_judges_and_the_annotators_scores(small):
 
 
 def test_answers_that_are_cut_off_or_empty_or_hold_special_tokens_make_no_pairs(monkeypatch):
-    rng, encoder = random.Random(0), ChatEncoder(miniature.build_tokenizer())
+    rng, encoder = random.Random(0), ChatEncoder(world.build_tokenizer())
     tasks = draw_tasks(rng, 50)
     four = [Answer("cut off", 64, False), Answer(" ", 2, True), Answer("<|user|>", 2, True),
             Answer("whole", 6, True)]  # fmt: skip
-    monkeypatch.setattr(miniature, "answer", lambda *a, **k: four * 50)
-    rows = miniature.draw_pairs(None, encoder, tasks, 2, rng, 0, None)
+    monkeypatch.setattr(world, "answer", lambda *a, **k: four * 50)
+    rows = world.draw_pairs(None, encoder, tasks, 2, rng, 0, None)
     assert len(rows) == 100  # of the whole answer and the demonstration
     for row in rows:
         assert "whole" in (row["chosen"], row["rejected"]) and row["chosen"] != row["rejected"]
@@ -251,21 +246,20 @@ def test_an_interrupted_build_leaves_nothing_and_a_killed_one_nothing_that_count
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(miniature, "draw_pairs", interrupt)
+        patch.setattr(world, "draw_pairs", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            miniature.build(0, tmp_path, lambda line: None, SMALL | {"sft_steps": 5})
+            world.build(0, tmp_path, lambda line: None, TINY)
     assert [p.name for p in tmp_path.iterdir()] == [".seed0.lock"]
-    code = "import miniature, sys; miniature.build(0, sys.argv[1])"
-    child = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=HERE)
+    code = "import sys; from miniature import world; world.build(0, sys.argv[1])"
+    child = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT)
     try:
-        while not (tmp_path / ".seed0.unfinished" / "demos.jsonl").exists():
-            assert child.poll() is None
-            time.sleep(0.05)
+        wait_for(lambda: (tmp_path / ".seed0.unfinished" / "demos.jsonl").exists())
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
     assert not (tmp_path / "seed0").exists()
-    folder = miniature.build(0, tmp_path, lambda line: None, SMALL | {"sft_steps": 5})
+    monkeypatch.setattr(world, "draw_pairs", lambda *_: [])  # this part takes time
+    folder = world.build(0, tmp_path, lambda line: None, TINY)
     assert (folder / "test.jsonl").exists() and not (tmp_path / ".seed0.unfinished").exists()
 
 
@@ -277,16 +271,16 @@ def test_two_builders_build_once_and_other_settings_are_refused(tmp_path, monkey
         time.sleep(0.3)
         (folder / "world.json").write_text(json.dumps(settings))
 
-    monkeypatch.setattr(miniature, "write_world", write)
+    monkeypatch.setattr(world, "write_world", write)
     with ThreadPoolExecutor(2) as pool:
-        both = list(pool.map(lambda _: miniature.build(3, tmp_path, lambda line: None), range(2)))
+        both = list(pool.map(lambda _: world.build(3, tmp_path, lambda line: None), range(2)))
     assert both == [tmp_path / "seed3"] * 2 and len(builds) == 1
     with pytest.raises(InputError, match="seed3 was built with other settings: remove it"):
-        miniature.build(3, tmp_path, sizes=SMALL)
+        world.build(3, tmp_path, sizes=SMALL)
 
 
 def test_show_prints_ten_pairs_with_scores(small, capsys):
-    miniature.show(small)
+    world.show(small)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 30 and len(set(lines[::3])) == 10
     assert all(re.match(r"    chosen   '.*' +gold [01]\.\d\d, annotator", x) for x in lines[1::3])
@@ -328,7 +322,7 @@ def test_batched_sampling_equals_one_row_at_a_time_without_a_cache(family, tempe
     # Gemma-2's eager attention gives nan for padding in float64
     dtype = torch.float32 if family == "gemma2" else torch.float64
     lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    chats = [chat(prompt) for prompt in PROMPTS]
+    chats = [user_chat(prompt) for prompt in PROMPTS]
     settings = dict(temperature=temperature, seed=5, max_new_tokens=14, samples=2, batch_size=5)
     answers = generate(lm, encoder, chats, **settings)
     expected = [
@@ -347,7 +341,7 @@ def test_same_seed_prompt_and_temperature_same_text_in_any_batch_and_order(small
     encoder = encoder_of(small / "model")
     lm = AutoModelForCausalLM.from_pretrained(small / "model")
     assert lm.dtype == torch.float32
-    chats = [chat(task.prompt) for task in miniature.read_tasks(small / "prompts.jsonl")]
+    chats = [user_chat(task.prompt) for task in world.read_tasks(small / "prompts.jsonl")[:16]]
     order = np.random.default_rng(0).permutation(len(chats))
     for temperature in (0, 1.0):
         settings = dict(temperature=temperature, seed=1, max_new_tokens=40)
@@ -367,7 +361,7 @@ def test_same_seed_prompt_and_temperature_same_text_in_any_batch_and_order(small
 def test_generation_stops_at_the_end_of_turn_and_is_cut_without_one(small):
     encoder = encoder_of(small / "model")
     lm = AutoModelForCausalLM.from_pretrained(small / "model")
-    chats = [chat(task.prompt) for task in miniature.read_tasks(small / "prompts.jsonl")]
+    chats = [user_chat(task.prompt) for task in world.read_tasks(small / "prompts.jsonl")]
     answers = generate(lm, encoder, chats, temperature=0.7, seed=0, max_new_tokens=64)
     ended = [a for a in answers if a.ended]
     assert len(ended) > len(answers) / 2
@@ -393,7 +387,7 @@ def test_the_prompt_is_training_s_prompt(small, monkeypatch):
 
     monkeypatch.setattr(generate_module, "write_batch", spy)
     lm = AutoModelForCausalLM.from_pretrained(small / "model")
-    chats = [chat(row["prompt"]) for row in lines_of(small / "train.jsonl")]
+    chats = [user_chat(row["prompt"]) for row in lines_of(small / "train.jsonl")]
     generate(lm, encoder, chats, temperature=0, seed=0, max_new_tokens=9)
     assert sorted(seen) == sorted(t.prompt.tolist() for t in data.triplets)
 
@@ -425,7 +419,8 @@ def test_noise_depends_on_seed_prompt_and_sample_and_on_nothing_else():
 def test_progress_tells_answers_speed_and_time_left(small):
     lm = AutoModelForCausalLM.from_pretrained(small / "model")
     lines = []
-    generate(lm, encoder_of(small / "model"), [chat("a"), chat("b")], temperature=0, seed=0,
+    chats = [user_chat("a"), user_chat("b")]
+    generate(lm, encoder_of(small / "model"), chats, temperature=0, seed=0,
              max_new_tokens=5, log=lines.append)  # fmt: skip
     assert re.fullmatch(r"generated 2 of 2 answers, [\d,]+ tok/s, 0:00:00 left", lines[-1])
 
@@ -433,46 +428,59 @@ def test_progress_tells_answers_speed_and_time_left(small):
 def test_a_prompt_beyond_the_models_positions_is_refused(small):
     lm = AutoModelForCausalLM.from_pretrained(small / "model")
     with pytest.raises(InputError, match=r"a prompt of \d+ tokens and 500 new ones exceed .* 512"):
-        generate(lm, encoder_of(small / "model"), [chat("a" * 40)], temperature=0, seed=0,
+        generate(lm, encoder_of(small / "model"), [user_chat("a" * 40)], temperature=0, seed=0,
                  max_new_tokens=500)  # fmt: skip
 
 
 def test_command_line_prints_an_answer_per_prompt(small):
-    argv = [sys.executable, "generate.py", "Reverse the word moki.", "Hello", "--model"]
-    run = lambda model: subprocess.run(  # noqa: E731
-        [*argv, model], cwd=HERE, capture_output=True, text=True, timeout=120
-    )
-    done = run(small / "model")
+    done = command("generate.py", "Reverse the word moki.", "Hello", "--model", small / "model")
     assert done.returncode == 0 and done.stdout.startswith("Reverse the word moki.\n    ")
     assert "\nHello\n    " in done.stdout
-    done = run("./nowhere")
-    assert done.returncode == 1
-    assert done.stderr == "generate.py: --model ./nowhere: no such folder\n"
+    with pytest.raises(SystemExit) as stop:
+        generate_module.main(["Hello", "--model", "./nowhere"])
+    assert str(stop.value) == "generate.py: --model ./nowhere: no such folder"
+
+
+# ---------------------------------------------------------------------- a run in the miniature
+
+
+def test_a_run_in_the_miniature_ends_with_the_final_table_unless_eval_every_is_0(
+    mini, monkeypatch, capsys
+):
+    monkeypatch.setattr(train_ganpo, "FINAL_PROMPTS", 8)
+    train_ganpo.main(["--max_steps=1", "--out_dir=a"])
+    with open("a/final.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [*rows[0]] == report.FINAL_COLUMNS and len(rows) == 9
+    assert {row["temperature"] for row in rows} == {"0", "0.7", "1"}
+    assert {row["n"] for row in rows} == {"8"}
+    assert "8 held-out prompts, exact judge" in capsys.readouterr().out
+    assert [row["step"] for row in rows_of("a/eval.csv")] == [1]
+    train_ganpo.main(["--max_steps=1", "--out_dir=b", "--eval_every=0"])
+    assert not (mini / "b" / "final.csv").exists() and rows_of("b/eval.csv") == []
+    (mini / "a" / "final.csv").unlink()  # as if the run had been killed before it
+    train_ganpo.main(["--max_steps=1", "--out_dir=a", "--resume"])
+    with open("a/final.csv") as file:
+        assert list(csv.DictReader(file)) == rows
 
 
 # ---------------------------------------------------------------------- the first command
 
 
 def copy_of_the_tree(to):
-    for file in [*HERE.glob("*.py"), *HERE.glob("*.jinja"), HERE / "README.md"]:
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("*.jinja")]:
         shutil.copy(file, to)
+    shutil.copytree(ROOT / "miniature", to / "miniature")
     return to
-
-
-def first_command(tree, *argv, limit=300):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *argv]
-    # what this process inherits must not matter: threads are set by the program
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "MKL_"))}
-    return subprocess.run(
-        torchrun, cwd=tree, env=environment, capture_output=True, text=True, timeout=limit
-    )
 
 
 @pytest.mark.slow
 def test_the_first_command_learns_within_five_minutes(tmp_path):
     tree = copy_of_the_tree(tmp_path)
-    done = first_command(tree, "train_ganpo.py")
+    begin = time.monotonic()
+    done = command("train_ganpo.py", torchrun=1, cwd=tree)
     assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begin < 300
     with (tree / "out/run-000/final.csv").open() as file:
         rows = {(float(r["temperature"]), r["model"]): r for r in csv.DictReader(file)}
     assert len(rows) == 9 and all(row["n"] == "1000" for row in rows.values())
@@ -482,9 +490,8 @@ def test_the_first_command_learns_within_five_minutes(tmp_path):
             assert float(gain[column]) > 2 * float(gain[column + "_se"])
     assert "1000 held-out prompts, exact judge" in done.stdout and "96/96" in done.stdout
     # the world is built once; two processes share the final table's prompts
-    again = first_command(tree, "--nproc_per_node=2", "train_ganpo.py", "--max_steps=2",
-                          "--final_eval=50")  # fmt: skip
+    again = command("train_ganpo.py", "--max_steps=2", torchrun=2, cwd=tree)
     assert again.returncode == 0, again.stderr
     assert "building" in done.stdout and "building" not in again.stdout
     with (tree / "out/run-001/final.csv").open() as file:
-        assert [row["n"] for row in csv.DictReader(file)] == ["50"] * 9
+        assert [row["n"] for row in csv.DictReader(file)] == ["1000"] * 9

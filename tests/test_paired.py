@@ -1,8 +1,8 @@
-"""Claims about the paired critic: losses.py, discriminator.py, train_ganpo.py --critic paired.
+"""Claims about the paired critic: paired.py, and train_ganpo.py with --critic paired.
 
-    python -m pytest -q test_paired.py -m "not slow"
+    python -m pytest -q tests/test_paired.py
 
-The oracle is naive, in float64: one sequence at a time, Adam as torch has it, every gradient by
+The oracle is naive, in float64: one text at a time, Adam as torch has it, every gradient by
 autograd over the whole batch. That results do not depend on micro-batches and ranks, and that a
 step makes one transfer to the host, is in test_train.py.
 """
@@ -11,8 +11,14 @@ import math
 
 import pytest
 import torch
-from test_data import tiny
-from test_train import (
+from transformers import AutoModelForCausalLM
+
+import paired
+import train_ganpo
+from checkpoint import load_discriminators
+from data import load_pairs
+from discriminator import build_discriminator
+from helpers import (
     LN2,
     alignment,
     close,
@@ -21,21 +27,17 @@ from test_train import (
     naive_forward,
     run,
     softplus,
-    tiny_world,
+    tiny,
 )
-from transformers import AutoModelForCausalLM
+from losses import masked_mean
+from packing import batch_indices
+from paired import paired_discriminator_loss, paired_generator_loss
 
-import train_ganpo
-from checkpoint import load_discriminators
-from data import InputError, batch_indices, load_pairs
-from discriminator import build_discriminator
-from losses import masked_mean, paired_discriminator_loss, paired_generator_loss
-
-__all__ = ["tiny_world"]  # the fixture
 PAIRED = ("--critic=paired", "--disc_lr=3e-2", "--lambda_adv=5")
 
 
-def test_losses_equal_sums_over_tokens_and_are_ln_2_where_the_models_agree():
+def test_losses_equal_sums_over_tokens_and_are_ln_2_where_the_models_agree(monkeypatch):
+    monkeypatch.setattr(paired, "SLOPE_PENALTY", 7.0)
     torch.manual_seed(0)
     u, slopes = torch.randn(3, 5, dtype=torch.float64), torch.rand(3, 5, dtype=torch.float64)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
@@ -43,18 +45,18 @@ def test_losses_equal_sums_over_tokens_and_are_ln_2_where_the_models_agree():
         tokens = zip(u[i, :n], slopes[i, :n], strict=True)
         d = sum(math.log1p(math.exp(-x)) + 3.5 * s for x, s in tokens) / n
         g = sum(math.log1p(math.exp(x)) for x in u[i, :n]) / n
-        assert paired_discriminator_loss(u, slopes, mask, 7.0)[i].item() == pytest.approx(d.item())
+        assert paired_discriminator_loss(u, slopes, mask)[i].item() == pytest.approx(d.item())
         assert paired_generator_loss(u, mask)[i].item() == pytest.approx(g)
     zero = torch.zeros_like(u)
-    pair = paired_discriminator_loss(zero, zero, mask, 7.0), paired_generator_loss(zero, mask)
+    pair = paired_discriminator_loss(zero, zero, mask), paired_generator_loss(zero, mask)
     for loss in pair:
         assert loss.tolist() == pytest.approx([LN2] * 3)
     u[mask == 0] = math.nan  # what padding holds does not matter
     assert masked_mean(u, mask).isfinite().all()
 
 
-def naive_paired(world, steps, differences, inner, r1, lambda_adv, lr, disc_lr):
-    """Algorithm 1 with the paired game's losses."""
+def naive_paired(world, steps, differences, inner, penalty, lambda_adv, lr, disc_lr):
+    """Algorithm 1 with the losses of the paired critic."""
     policy, ref = (
         AutoModelForCausalLM.from_pretrained(world / "llama", dtype=torch.float64).eval()
         for _ in "pr"
@@ -70,7 +72,7 @@ def naive_paired(world, steps, differences, inner, r1, lambda_adv, lr, disc_lr):
     )
     data, rows = load_pairs(str(world / "train.jsonl"), "train", tiny(), 64), []
 
-    def ends(h_theta, h_ref):
+    def inputs(h_theta, h_ref):
         return (h_theta - h_ref, 0 * h_ref) if differences else (h_theta, h_ref)
 
     for step in range(steps):
@@ -88,18 +90,18 @@ def naive_paired(world, steps, differences, inner, r1, lambda_adv, lr, disc_lr):
                 total = won = gap = 0
                 for i in range(8 * j, 8 * j + 8):
                     theta, anchor = (
-                        x.detach().requires_grad_() for x in ends(h_theta[i].detach(), h_ref[i])
+                        x.detach().requires_grad_() for x in inputs(h_theta[i].detach(), h_ref[i])
                     )
-                    s_theta, s_ref = critic.tokens(theta), critic.tokens(anchor)
+                    s_theta, s_ref = critic.token_scores(theta), critic.token_scores(anchor)
                     slopes = 0
                     for s, x in ((s_theta, theta), (s_ref, anchor)):
                         (g,) = torch.autograd.grad(s.sum(), x, create_graph=True)
                         slopes = slopes + (g**2).sum(-1)
                     u = s_ref - s_theta
-                    total = total + (softplus(-u) + r1 / 2 * slopes).mean()
+                    total = total + (softplus(-u) + penalty / 2 * slopes).mean()
                     if not differences:
-                        other = critic.tokens(h_ref[(i + 8) % 16]).mean()
-                        total = total + softplus(other - critic.tokens(h_ref[i]).mean())
+                        other = critic.token_scores(h_ref[(i + 8) % 16]).mean()
+                        total = total + softplus(other - critic.token_scores(h_ref[i]).mean())
                     won += ((u.sign() + 1) / 2).mean().item() / 8
                     gap += u.mean().item() / 8
                 losses.append(total / 8)
@@ -113,8 +115,10 @@ def naive_paired(world, steps, differences, inner, r1, lambda_adv, lr, disc_lr):
         adv = 0
         for i in range(16):
             critic = critics[i // 8]
-            theta, anchor = ends(h_theta[i], h_ref[i])
-            adv = adv + softplus(critic.tokens(anchor) - critic.tokens(theta)).mean() / 16
+            theta, anchor = inputs(h_theta[i], h_ref[i])
+            adv = (
+                adv + softplus(critic.token_scores(anchor) - critic.token_scores(theta)).mean() / 16
+            )
         delta = (logp - ref_logp)[:8] - (logp - ref_logp)[8:]
         opo = softplus(-0.1 * delta).mean()
         push, other = (latent_gradient(x, h_theta, batch) for x in (lambda_adv * adv, opo))
@@ -130,12 +134,15 @@ def naive_paired(world, steps, differences, inner, r1, lambda_adv, lr, disc_lr):
 
 
 @pytest.mark.parametrize("differences, inner", [(True, 1), (False, 3)])
-def test_three_steps_equal_a_naive_paired_game(differences, inner, tiny_world, tmp_path):
+def test_three_steps_equal_a_naive_paired_game(
+    differences, inner, tiny_world, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(paired, "SLOPE_PENALTY", 7.0)
     expected, policy, critics = naive_paired(
         tiny_world, 3, differences, inner, 7.0, 5.0, 3e-3, 3e-2
     )
     rows, weights = run(
-        tiny_world, tmp_path / "r", *PAIRED, "--dtype=float64", "--r1=7", "--micro_batch_size=3",
+        tiny_world, tmp_path / "r", *PAIRED, "--dtype=float64", "--micro_batch_size=3",
         f"--disc_steps={inner}", f"--critic_input={'diff' if differences else 'h'}",
     )  # fmt: skip
     assert len(rows) == 3
@@ -165,7 +172,7 @@ def test_step_0_has_the_known_values_and_the_critic_soon_tells_apart(kind, tiny_
 
 
 def test_a_fixed_distance_pushes_straight_to_the_reference(tiny_world, tmp_path):
-    rows, _ = run(tiny_world, tmp_path / "r", "--disc=mse", "--lambda_adv=1")
+    rows, _ = run(tiny_world, tmp_path / "r", "--critic=mse", "--lambda_adv=1")
     assert rows[0]["adv_align"] == 0  # there is no way to go yet
     assert all(row["adv_align"] == pytest.approx(1, abs=1e-5) for row in rows[1:])
 
@@ -190,14 +197,19 @@ def test_a_paired_run_resumes_bit_for_bit(tiny_world, tmp_path):
     critics = load_discriminators(tmp_path / "b" / "discriminators.pt")
     h = torch.randn(2, 4, 32)
     scores = critics["disc_pos"](h, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]))
-    tokens = critics["disc_pos"].tokens(h)
+    tokens = critics["disc_pos"].token_scores(h)
     assert scores.tolist() == pytest.approx([tokens[0].mean().item(), tokens[1, :2].mean().item()])
 
 
+def test_the_slope_penalty_is_the_one_that_was_tried():
+    assert paired.SLOPE_PENALTY == 10.0
+
+
 def test_the_preset_and_what_the_paired_critic_does_not_go_with():
+    """What is refused with it is in test_cli.py."""
     mini, paired = (train_ganpo.parse_args([f"--preset={p}"]) for p in ("mini", "mini-paired"))
     assert (mini.critic, paired.critic, paired.lambda_adv, paired.disc_lr) == (
-        "paper", "paired", 10, 3e-3,
+        "transformer", "paired", 10, 3e-3,
     )  # fmt: skip
     same = train_ganpo.parse_args(["--critic=paired"])
     assert vars(same) | {"preset": ""} == vars(paired) | {"preset": ""}
@@ -206,25 +218,3 @@ def test_the_preset_and_what_the_paired_critic_does_not_go_with():
     steps = {kind: train_ganpo.parse_args(["--critic=paired", f"--critic_input={kind}"]).disc_steps
              for kind in ("h", "diff")}  # fmt: skip
     assert steps == {"h": 5, "diff": 1}
-
-
-@pytest.mark.parametrize("flag", [
-    "--disc=mse", "--disc_layers=3", "--disc_dropout=.1", "--disc_padding", "--mean=batch",
-    "--ema_decay=.5", "--adv_loss=nonsaturating",
-])  # fmt: skip
-def test_a_flag_that_the_game_has_no_use_for_is_refused(flag):
-    name = flag.split("=")[0]
-    with pytest.raises(InputError, match=f"--critic paired has no use for {name}"):
-        train_ganpo.parse_args(["--critic=paired", flag])
-    for other in ("--r1=1", "--disc_steps=2", "--critic_input=h"):
-        with pytest.raises(InputError, match=f"--critic paper has no use for {other[:4]}"):
-            train_ganpo.parse_args([flag, other])
-
-
-def test_padding_is_read_only_where_it_is_asked_for(tiny_world, tmp_path):
-    """The published code's way, for the ablation: then the cut matters."""
-    plain, _ = run(tiny_world, tmp_path / "a", "--micro_batch_size=2")
-    padded, _ = run(tiny_world, tmp_path / "b", "--disc_padding", "--micro_batch_size=2")
-    other, _ = run(tiny_world, tmp_path / "c", "--disc_padding", "--micro_batch_size=8")
-    gaps = [rows[2]["score_gap_pos"] for rows in (plain, padded, other)]
-    assert abs(gaps[0] - gaps[1]) > 1e-6 < abs(gaps[1] - gaps[2])

@@ -1,6 +1,6 @@
-"""Claims about reproduce.py: what it counts as a claim's verdict, and a grid in small.
+"""Claims about miniature/reproduce.py and results.py: how a verdict is reached, a grid in small.
 
-python -m pytest -q test_reproduce.py
+python -m pytest -q tests/test_reproduce.py
 """
 
 import csv
@@ -9,13 +9,12 @@ import re
 
 import numpy as np
 import pytest
-import reproduce
-from reproduce import CELLS, QUICK, flags_of, run_cell
-from results import Grid, named_cells, verdict, with_error, write_results
-from test_miniature import SMALL
 
-import miniature
 import train_ganpo
+from helpers import SMALL
+from miniature import reproduce, world
+from miniature.reproduce import CELLS, QUICK, flags_of, run_cell
+from miniature.results import Grid, named_cells, verdict, with_error, write_results
 
 
 def test_every_cell_is_a_run_that_train_ganpo_takes_and_differs_from_the_others():
@@ -54,9 +53,9 @@ def small_grid(tmp_path_factory):
             "APO",
             ["--prompts=32", "--batch_size=8", "--max_new_tokens=32", "--rounds=2"],
         )
-        build = miniature.build
+        build = world.build
         patch.setattr(
-            miniature, "build", lambda seed, log=print: build(seed, log=lambda line: 0, sizes=SMALL)
+            world, "build", lambda seed, log=print: build(seed, log=lambda line: 0, sizes=SMALL)
         )
         cells, seeds = ["mild/dpo", "mild/ganpo", "over/paired"], [0, 1]
         for seed in seeds:

@@ -1,19 +1,22 @@
-"""Speed and memory of the training step, alone or beside another program.
+"""Times the training step and measures its memory, alone or beside another program.
 
-    python bench.py [WORKLOAD]                               # DPO; without one, its own workload
-    python bench.py --lambda_adv 1 --disc_hidden 512         # any flags of train_ganpo.py
-    python bench.py WORKLOAD --vs "python peer.py WORKLOAD"  # in alternation, and the ratios
-    python bench.py --shape llama3-8b --estimate 8           # computed: memory, time on 8 GPUs
+    python -m tools.bench [WORKLOAD]                                 # DPO
+    python -m tools.bench --lambda_adv 1 --disc_hidden 512           # any flags of train_ganpo.py
+    python -m tools.bench WORKLOAD --vs "python peer.py WORKLOAD"    # two programs in alternation
+    python -m tools.bench --shape llama3-8b --estimate 8             # computed for 8 GPUs, not run
 
-WORKLOAD holds config.json, a transformers config that is initialised from seed 0, and pairs.jsonl,
-rows of prompt_ids, chosen_ids, rejected_ids. What is timed is train_ganpo.train_step itself: one
-step to warm up, then --steps on consecutive batches. Tokens are real ones, 2 * prompt + chosen +
-rejected, whatever a program pads or shares. With --json, and of the other program, the last line is
-an object with tokens_per_s, step_s and peak_gb.
+WORKLOAD is a folder with config.json, a transformers config whose model is initialised from seed 0,
+and pairs.jsonl, rows of prompt_ids, chosen_ids and rejected_ids. Without WORKLOAD the program makes
+one, of the shape that --shape names. It calls train_ganpo.train_step: one step to warm up, then
+--steps on consecutive batches. Tokens are real tokens, 2 * prompt + chosen + rejected for a pair,
+whether or not a program pads them or shares prompts. With --json the last line is an object with
+tokens_per_s, step_s and peak_gb (GiB). The program under --vs has to end with such a line.
 
-On a CPU set MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=64000000000 for both sides when it is speed
-that is compared: glibc would map and fault in every large block at each operation.
+To compare speeds on a CPU, set MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=64000000000 for both
+programs: otherwise only this one keeps freed memory (cpu.py).
 """
+
+import cpu  # noqa: F401  must come before torch
 
 import json
 import math
@@ -26,29 +29,39 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
-import estimate
-import game
 import numpy as np
 import torch
 import torch.distributed as dist
-from estimate import tokens_in
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    PretrainedConfig,
+)
 
 import distributed
+import paired
 import report
+import settings
 import train_ganpo
-from data import InputError, Triplet, json_lines, pack
+from data import InputError, Triplet, json_lines
 from flags import DTYPES, Parser, count, natural
 from generate import quiet
+from packing import Survey, pack, survey, tokens_in
+from tools.estimate import NoEstimate, estimated_memory, run_without_data
 
 NAMES = "prompt_ids", "chosen_ids", "rejected_ids"
-SHORT = (60, 20, 200), (130, 20, 400), (115, 20, 400)  # median, low, high: prompt and answers
+# Lengths in tokens of a prompt, a chosen and a rejected answer: median, lowest, highest.
 LONG = (90, 20, 1000), (240, 20, 1000), (220, 20, 1000)  # as UltraFeedback's
-SHAPES = {  # of --shape: a transformers config, lengths
+SHORT = (60, 20, 200), (130, 20, 400), (115, 20, 400)
+SHAPES = {  # of --shape: a transformers config, and lengths
     "v32k": (
         LlamaConfig(
             vocab_size=32000, hidden_size=512, num_hidden_layers=8, num_attention_heads=8,
@@ -68,16 +81,17 @@ SHAPES = {  # of --shape: a transformers config, lengths
         ), LONG,
     ),
 }  # fmt: skip
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # bf16 FLOP/s of a dense product
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # FLOP/s of a dense product in bfloat16
 ROUNDS = 3  # of each program under --vs
 RANK = int(os.environ.get("RANK", 0))
-ASSUMED_SHARE, GPUS_PER_NODE = 0.36, 8  # of the peak, for --estimate
+ASSUMED_SHARE, GPUS_PER_NODE = 0.36, 8  # for --estimate; the share is that of the GPU's peak
 
 
 # ---------------------------------------------------------------------- the workload
 
 
-def make_workload(folder, shape, pairs):
+def make_workload(folder: Path, shape: str, pairs: int):
+    """Writes a workload of random token ids to a folder; shape is a name in SHAPES."""
     config, lengths = SHAPES[shape]
     config.save_pretrained(folder)
     rng = random.Random(0)
@@ -90,7 +104,8 @@ def make_workload(folder, shape, pairs):
     (folder / "pairs.jsonl").write_text(json_lines(rows))
 
 
-def read_workload(folder, pairs) -> list[Triplet]:
+def read_workload(folder: Path, pairs: int) -> list[Triplet]:
+    """Returns the first pairs of a workload. Raises InputError if it has fewer."""
     try:
         lines = (folder / "pairs.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines[:pairs]]
@@ -109,59 +124,68 @@ def read_workload(folder, pairs) -> list[Triplet]:
 
 
 class Clock:
-    """Seconds by phase: what is entered within a phase is not counted to that phase, except that a
-    backward within the discriminators' is theirs."""
+    """Measures the seconds of each phase of a step.
 
-    def __init__(self, device):
+    A phase that begins within another one stops the other's time. The phase "discriminators" is an
+    exception: everything within it, its backward too, counts to it.
+    """
+
+    def __init__(self, device: torch.device):
         self.seconds, self.stack, self.device = defaultdict(float), ["other"], device
         self.last = self.now()
 
-    def now(self):
+    def now(self) -> float:
+        """Returns the time in seconds, after a GPU has finished what it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def switch(self):
+        """Adds the time since the last switch to the phase that was running."""
         now = self.now()
         self.seconds[self.stack[-1]] += now - self.last
         self.last = now
 
-    def enter(self, phase):
+    @contextmanager
+    def phase(self, name: str) -> Iterator:
+        """Counts the time of a `with` block to a phase."""
         self.switch()
-        self.stack.append("discriminators" if self.stack[-1] == "discriminators" else phase)
+        self.stack.append("discriminators" if self.stack[-1] == "discriminators" else name)
+        try:
+            yield
+        finally:
+            self.switch()
+            self.stack.pop()
 
-    def leave(self):
-        self.switch()
-        self.stack.pop()
+    def timed(self, name: str, function: Callable) -> Callable:
+        """Returns the function, with its time counted to a phase."""
 
-    def timed(self, phase, function):
         def wrapper(*args, **kwargs):
-            self.enter(phase)
-            try:
+            with self.phase(name):
                 return function(*args, **kwargs)
-            finally:
-                self.leave()
 
         return wrapper
 
     @contextmanager
-    def watching(self, run):
-        """The step's own functions report to this clock."""
-        places = [
-            (train_ganpo, "quad_scores", "discriminators"),
-            (game, "own_scores", "discriminators"),
-            (game.GAMES[run.args.critic], "update", "discriminators"),
-            (game, "adversarial_gradient", "discriminators"),
+    def watching(self, run) -> Iterator:
+        """Times the phases of the steps that are taken in a `with` block.
+
+        For that it replaces the functions that the step looks up when it calls them.
+        """
+        games = [(game, "discriminators") for game in (train_ganpo, paired)]
+        places = [(game, "update_discriminators", phase) for game, phase in games]
+        places += [(game, "adversarial_loss", phase) for game, phase in games]
+        places += [
             (torch.Tensor, "backward", "backward"),
             (torch.nn.utils, "clip_grad_norm_", "optimiser"),
             (run.optimizer, "step", "optimiser"),
             (run.policy, "forward", "policy forward"),
-            (run.ref, "forward", "reference"),
         ]
-        before = [(owner, name, getattr(owner, name)) for owner, name, _ in places if owner]
+        if run.ref:
+            places.append((run.ref, "forward", "reference"))
+        before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
         for owner, name, phase in places:
-            if owner:
-                setattr(owner, name, self.timed(phase, getattr(owner, name)))
+            setattr(owner, name, self.timed(phase, getattr(owner, name)))
         try:
             yield
         finally:
@@ -169,15 +193,22 @@ class Clock:
                 setattr(owner, name, function)
 
 
-def reset_peak(device):
+def reset_peak(device: torch.device):
+    """Sets the peak that report.peak_gb returns back to the memory in use, where that is possible.
+
+    On a CPU it is possible on Linux only.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark of resident memory
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
 
 
-def matrix_rate(device, dtype) -> float:
-    """FLOP/s of a large product here, the best of several."""
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Returns the FLOP/s of a large matrix product here, the best of several."""
     n, best, clock = 8192 if device.type == "cuda" else 2048, 0.0, Clock(device)
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     for _ in range(6):
@@ -188,90 +219,117 @@ def matrix_rate(device, dtype) -> float:
 
 
 def counting() -> FlopCounterMode:
-    """torch's counter with the attention kernel of CPUs, which it leaves out; like all attention it
-    is counted whole, causal or not."""
+    """Returns torch's counter of operations, made to know the attention kernel of CPUs too.
+
+    Attention is counted as if every query saw every key.
+    """
     forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     more = {
         forward: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
         backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
     }
-    return FlopCounterMode(display=False, custom_mapping=more)
+    counter = FlopCounterMode(display=False, custom_mapping=more)
+    # It would count by module too, which fails where a step calls autograd.grad (paired.py).
+    nothing = dict.fromkeys(("__enter__", "__exit__"), lambda: None)
+    counter.mod_tracker = SimpleNamespace(parents={"Global"}, **nothing)
+    return counter
 
 
-def model_flops(args, config, cut, recomputed: bool) -> float:
-    """Of one token of a packed row: the products of the policy's forward three times, as backward
-    takes two more, and of the reference's; no discriminator. recomputed adds what --checkpointing
-    does again."""
-    with estimate.players_without_weights(args, config) as run:
-        batch, flops = pack(cut.longest), 0
+def model_flops(
+    args, config: PretrainedConfig, plans: Survey, device: torch.device, recomputed: bool
+) -> float:
+    """Returns the operations of both models for one token of a packed row.
+
+    The policy's forward counts three times, because backward takes twice as many operations, and
+    the reference's once. Discriminators do not count. recomputed says whether to add the forward
+    that --checkpointing repeats.
+    """
+    with run_without_data(args, config, device) as run:
+        batch, flops = pack(plans.longest), 0
         again = recomputed and args.checkpointing
         for lm, times in ((run.policy, 3 + again), (run.ref, 1)):
             if lm is not None:
                 with torch.no_grad(), counting() as counter:
                     lm(batch)
                 flops += times * counter.get_total_flops()
-    return flops / tokens_in(cut.longest)
+    return flops / tokens_in(plans.longest)
 
 
-def measure(args, train_args, steps, model_dir) -> dict:
-    """One step to warm up, then --steps timed ones -> rates, peak, seconds by phase."""
+def measure(args, train_args, steps: list, model_dir: str) -> dict:
+    """Times the training step, prints what was measured and returns it.
+
+    steps holds the pairs of each step; the first step warms up.
+    """
     device, config = distributed.start(train_args.timeout), AutoConfig.from_pretrained(model_dir)
-    dtype = DTYPES[train_args.dtype]
-    cut = estimate.survey(steps[1:], train_args, dist.get_world_size())
-    shards, forward = distributed.sharing_ranks(), train_ganpo.forward_pairs
-    needs = estimate.needed_memory(forward, train_args, config, cut, device, shards)
+    plans = survey(steps[1:], train_args, dist.get_world_size())
+    try:
+        shards = distributed.sharing_ranks()
+        estimated = total_gb(estimated_memory(train_args, config, plans, device, shards))
+    except NoEstimate as error:
+        distributed.print0(error)
+        estimated = None
     run = train_ganpo.build(train_args, config, device)
     run.max_steps = args.steps + 2
-
-    def batches(step, clock=None):
-        for mine in train_ganpo.my_forwards(run, steps[step]):
-            load = clock.timed("data", pack) if clock else pack
-            yield load(mine).to(device)
-
-    train_ganpo.train_step(run, batches(0), 0)
-    rates = [matrix_rate(device, dtype)]
-    reset_peak(device)
-    seconds, tokens, sync = [], 0, Clock(device)
-    for step in range(1, args.steps + 1):
-        begin = sync.now()
-        tokens += train_ganpo.train_step(run, batches(step), step)["tokens"]
-        seconds.append(sync.now() - begin)
-    peak = report.peak_gb(device)
-    rates.append(matrix_rate(device, dtype))
-    # one step more for what would disturb the others: its phases, then its operations counted
-    clock = Clock(device)
-    with clock.watching(run):
-        train_ganpo.train_step(run, batches(args.steps, clock), args.steps + 1)
-    clock.switch()
-    with counting() as counter:
-        train_ganpo.train_step(run, batches(args.steps), args.steps + 1)
-    flops = counter.get_total_flops()
-    result = {
-        "tokens_per_s": tokens / sum(seconds),
-        "step_s": statistics.mean(seconds),
-        "peak_gb": peak,
-        "estimated_gb": sum(needs.values()) / 2**30,
-        "flops": flops,
-        "tflops": flops / seconds[-1] / 1e12,
-        "matrix_rate_share": flops / seconds[-1] / max(rates),
-        "phases": dict(clock.seconds),
-    }
+    result = {"estimated_gb": estimated} | timed_steps(run, steps)
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
-        wanted = model_flops(train_args, config, cut, False) * tokens_in(steps[-1]) / run.world
-        peaks = [wanted / seconds[-1] / p for k, p in PEAKS.items() if k in name]
-        result["mfu"] = peaks[0] if peaks else None
+        flops = model_flops(train_args, config, plans, device, False)
+        flops *= tokens_in(steps[-1]) / run.world
+        shares = [flops / result["last_step_s"] / peak for k, peak in PEAKS.items() if k in name]
+        result["mfu"] = shares[0] if shares else None
     if RANK == 0:
         show(result)
     distributed.stop()
     return result
 
 
-def show(result):
+def timed_steps(run, steps: list) -> dict:
+    """Takes all steps, then the last one twice more; returns rates, peak and seconds by phase."""
+    device, dtype, timed = run.device, DTYPES[run.args.dtype], len(steps) - 1
+
+    def batches(step, clock=None):
+        load = clock.timed("data", pack) if clock else pack
+        for mine in train_ganpo.my_forwards(run, steps[step]):
+            yield load(mine).to(device)
+
+    train_ganpo.train_step(run, batches(0), 0)
+    rates = [matrix_rate(device, dtype)]
+    reset_peak(device)
+    seconds, tokens, clock = [], 0, Clock(device)
+    for step in range(1, timed + 1):
+        begin = clock.now()
+        tokens += train_ganpo.train_step(run, batches(step), step)["tokens"]
+        seconds.append(clock.now() - begin)
+    peak = report.peak_gb(device)
+    rates.append(matrix_rate(device, dtype))
+    # phases and operations are taken from further steps, because watching them takes time
+    clock = Clock(device)
+    with clock.watching(run):
+        train_ganpo.train_step(run, batches(timed, clock), timed + 1)
+    clock.switch()
+    with counting() as counter:
+        train_ganpo.train_step(run, batches(timed), timed + 1)
+    flops = counter.get_total_flops()
+    return {
+        "tokens_per_s": tokens / sum(seconds),
+        "step_s": statistics.mean(seconds),
+        "last_step_s": seconds[-1],
+        "peak_gb": peak,
+        "flops": flops,
+        "tflops": flops / seconds[-1] / 1e12,
+        "matrix_rate_share": flops / seconds[-1] / max(rates),
+        "phases": dict(clock.seconds),
+    }
+
+
+def show(result: dict):
+    """Prints what was measured, one line and then a line for each phase."""
+    estimated = result["estimated_gb"]
     print(f"{result['tokens_per_s']:,.0f} tokens/s, {result['step_s']:.2f} s per step,"
-          f" peak {result['peak_gb']:.2f} GB (estimated {result['estimated_gb']:.2f}),"
-          f" {result['tflops']:.3f} TFLOP/s as executed,"
+          f" peak {result['peak_gb']:.2f} GiB"
+          + (f" (estimated {estimated:.2f})" if estimated else "") +
+          f", {result['tflops']:.3f} TFLOP/s as executed,"
           f" {result['matrix_rate_share']:.0%} of the matrix rate measured here"
           + (f", MFU {result['mfu']:.0%}" if result.get("mfu") else ""))  # fmt: skip
     total = sum(result["phases"].values())
@@ -279,39 +337,56 @@ def show(result):
         print(f"    {phase:<16}{s:8.3f} s {s / total:6.1%}")
 
 
-def compute(args, train_args, steps, model_dir) -> dict:
-    """--estimate: nothing is run, no weight is made."""
+# ---------------------------------------------------------------------- computing
+
+
+def total_gb(parts: dict[str, float]) -> float:
+    """Returns the sum of bytes by part, in GiB."""
+    return sum(parts.values()) / 2**30
+
+
+def compute(args, train_args, steps: list, model_dir: str) -> dict:
+    """For --estimate: prints and returns memory and time of a step on GPUs, computed alone.
+
+    No weight is made. steps holds the pairs of each step.
+    """
     ranks, config = args.estimate, AutoConfig.from_pretrained(model_dir)
-    cut = estimate.survey(steps, train_args, ranks)
-    shards, gpu = min(ranks, GPUS_PER_NODE), torch.device("cuda")
-    needs = estimate.needed_memory(train_ganpo.forward_pairs, train_args, config, cut, gpu, shards)
+    plans, gpu = survey(steps, train_args, ranks), torch.device("cuda")
+    parts = estimated_memory(train_args, config, plans, gpu, min(ranks, GPUS_PER_NODE))
     tokens = statistics.mean(map(tokens_in, steps))
-    flops = model_flops(train_args, config, cut, True) * tokens
+    flops = model_flops(train_args, config, plans, gpu, True) * tokens
     seconds = flops / ranks / (ASSUMED_SHARE * PEAKS["H200"])
     if RANK == 0:
-        print(estimate.gigabytes(needs))
+        print(f"estimated memory per rank: {total_gb(parts):.2f} GiB")
+        for part, n in parts.items():
+            print(f"    {part:<28}{n / 2**30:8.2f} GiB")
         print(f"{flops / 1e12:,.0f} TFLOP per step of {tokens:,.0f} tokens in rows, {seconds:.2f} s"
-              f" on {ranks} H200 at an assumed {ASSUMED_SHARE:.0%} of its peak, transfers hidden;"
-              f" {cut.fewest} to {cut.most} forwards, imbalance {cut.imbalance:.1%}")  # fmt: skip
-    return {"estimated_gb": sum(needs.values()) / 2**30, "flops": flops, "step_s": seconds}
+              f" on {ranks} H200 at an assumed {ASSUMED_SHARE:.0%} of its peak, without transfers;"
+              f" {plans.fewest} to {plans.most} forwards, imbalance {plans.imbalance:.1%}"
+              )  # fmt: skip
+    return {"estimated_gb": total_gb(parts), "flops": flops, "step_s": seconds}
 
 
 # ---------------------------------------------------------------------- two programs
 
 
 def last_object(command: list[str]) -> dict:
+    """Runs a command and returns the JSON object in its last line.
+
+    Raises InputError if there is none.
+    """
     done = subprocess.run(command, capture_output=True, text=True)
     try:
         return json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
         raise InputError(
-            f"{shlex.join(command)} printed no such line: {done.stderr[-300:]}"
+            f"{shlex.join(command)} printed no JSON object in its last line: {done.stderr[-300:]}"
         ) from None
 
 
-def versus(argv, other):
-    """Both in alternation, this one first; medians, and this one's over the other's."""
-    ours = [sys.executable, __file__, *map(str, argv), "--json"]
+def versus(argv: list[str], other: str):
+    """Runs this program and another one in alternation; prints their medians and ratios."""
+    ours = [sys.executable, "-m", "tools.bench", *map(str, argv), "--json"]
     runs = [(last_object(ours), last_object(shlex.split(other))) for _ in range(ROUNDS)]
     print(f"median of {ROUNDS} runs each, in alternation{'':<8}here     other     ratio")
     for key in ("tokens_per_s", "step_s", "peak_gb"):
@@ -321,7 +396,11 @@ def versus(argv, other):
             print(f"    {key:<36}{a:10.2f}{b:10.2f}{a / b:10.2f}")
 
 
-def run_here(args, flags, folder: Path) -> dict:
+# ---------------------------------------------------------------------- the command
+
+
+def run_here(args, flags: list[str], folder: Path) -> dict:
+    """Measures or computes one workload; folder is an empty one for a workload and a model."""
     pairs, workload = args.batch_size * (args.steps + 1), args.workload
     if not workload:
         make_workload(folder, args.shape, pairs)
@@ -331,36 +410,37 @@ def run_here(args, flags, folder: Path) -> dict:
     config, model_dir = AutoConfig.from_pretrained(workload), str(folder / "model")
     config.save_pretrained(model_dir)
     given = [f"--model={model_dir}", f"--batch_size={args.batch_size}", "--lambda_adv=0"]
-    given += ["--max_length=2048"]
-    train_args = train_ganpo.parse_args(given + flags)
+    train_args = settings.parse_args([*given, "--max_length=2048", *flags])
     if args.estimate:
         return compute(args, train_args, steps, model_dir)
-    if RANK == 0:  # who alone will read the weights
+    if RANK == 0:  # the only one that reads the weights
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(model_dir)
     return measure(args, train_args, steps, model_dir)
 
 
 def parse_args(argv: list[str]):
-    """-> what is meant for this file, what for train_ganpo.py."""
-    # the folder comes first: argparse would take an unknown flag's value for it
+    """Returns the settings of this program, and the other flags, which are train_ganpo.py's."""
+    # the folder comes first, because argparse would take the value of an unknown flag for it
     workload = Path(argv[0]) if argv and not argv[0].startswith("-") else None
-    usage = "bench.py [WORKLOAD] [--flag value ...]; other flags are train_ganpo.py's"
-    parser = Parser("bench.py", __doc__, usage)
-    parser.add_argument("--shape", choices=SHAPES, default="v32k", help="of its workload [v32k]")
-    parser.add_argument("--batch_size", type=count, default=8, help="pairs per step [8]")
-    parser.add_argument("--steps", type=natural, default=2, help="timed ones [2]")
-    parser.add_argument("--json", action="store_true", help="an object as the last line")
-    parser.add_argument("--vs", metavar="COMMAND", help="another program, in alternation")
-    parser.add_argument("--estimate", type=count, metavar="RANKS", help="compute, run nothing")
+    usage = "python -m tools.bench [WORKLOAD] [--flag value ...]; other flags are train_ganpo.py's"
+    parser = Parser("tools.bench", __doc__, usage)
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="v32k", help="of a workload made here [v32k]")
+    add("--batch_size", type=count, default=8, help="pairs per step [8]")
+    add("--steps", type=natural, default=2, help="number of timed steps [2]")
+    add("--json", action="store_true", help="print a JSON object as the last line")
+    add("--vs", metavar="COMMAND", help="another program, to run in alternation with this one")
+    add("--estimate", type=count, metavar="RANKS", help="compute for so many GPUs, run nothing")
     args, flags = parser.parse_known_args(argv[1:] if workload else argv)
     args.workload = workload
     if not (args.steps or args.estimate):
-        raise InputError("--steps 0: nothing to time")
+        raise InputError("--steps 0: there is nothing to time")
     return args, flags
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None):
+    """Runs the program with a command line, by default that of the process."""
     quiet()
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -372,7 +452,7 @@ def main(argv=None):
         with tempfile.TemporaryDirectory() as folder:
             done = run_here(args, flags, Path(folder))
     except InputError as error:
-        sys.exit(f"bench.py: {error}")
+        sys.exit(f"tools.bench: {error}")
     if args.json and RANK == 0:
         print(json.dumps(done))
 

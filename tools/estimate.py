@@ -1,23 +1,20 @@
-"""What a run will hold, before a weight is read: its steps cut into forwards, and their memory,
-from the real forward on tensors without data.
+"""How much memory a training step needs: the real forward, run on tensors without data.
 
-    cut = survey(steps, args, ranks)             # how their pairs will be cut into forwards
-    needs = needed_memory(forward_pairs, args, config, cut, device, shards)    # bytes by part
-    refuse_what_cannot_fit(needs, device)
+    plans = survey(steps, args, ranks)                               # packing.survey
+    parts = estimated_memory(args, config, plans, device, shards)    # bytes by part
+
+Training itself prints only what policy.least_memory computes. This closer estimate belongs to
+tools/bench.py. It needs no GPU and reads no weight. Shapes as in train_ganpo.py.
 """
 
-import os
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+import cpu  # noqa: F401  must come before torch
+
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
-import numpy as np
 import torch
-from game import autocast, build_critics
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -27,46 +24,33 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PretrainedConfig
 
 import attention
-from data import InputError, Triplet, pack, plan_forwards, row_length
+import paired
+import train_ganpo
+from data import InputError
+from discriminator import build_critics
 from flags import DTYPES
-from losses import needs_reference
-from policy import load_lm, rows_per_chunk
+from losses import OPO_LOSSES, with_settings
+from packing import Packed, Survey, pack, tokens_in
+from policy import least_memory, load_lm, rows_per_chunk
+from settings import needs_reference
 
 
-class Survey(NamedTuple):
-    fewest: int  # forwards in a step
-    most: int
-    imbalance: float  # the busiest rank's tokens over the ranks' mean, minus 1, averaged over steps
-    longest: list[Triplet]  # the forward with the most tokens
-    heaviest: list[list[Triplet]]  # one rank's forwards of one step that have the most together
-
-
-def tokens_in(pairs: list[Triplet]) -> int:
-    return sum(map(row_length, pairs))
-
-
-def survey(steps: Iterable[list[Triplet]], args, ranks: int) -> Survey:
-    """steps: each one's pairs. How the loop will cut them."""
-    counts, imbalance, longest, heaviest, most = [], [], [], [], 0
-    for pairs in steps:
-        parts = plan_forwards(pairs, ranks, args.micro_batch_size, args.micro_tokens)
-        tokens = np.array([[tokens_in(mine) for mine in part] for part in parts])
-        of_rank = tokens.sum(0)
-        counts.append(len(parts))
-        imbalance.append(of_rank.max() / of_rank.mean() - 1)
-        part, rank = np.unravel_index(tokens.argmax(), tokens.shape)
-        longest = max(longest, parts[part][rank], key=tokens_in)
-        if of_rank.max() > most:
-            most, rank = of_rank.max(), of_rank.argmax()
-            heaviest = [part[rank] for part in parts]
-    return Survey(min(counts), max(counts), float(np.mean(imbalance)), longest, heaviest)
+class NoEstimate(InputError):
+    """The step cannot run on tensors without data; the message is the line to show."""
 
 
 @contextmanager
-def players_without_weights(args, config: PretrainedConfig):
-    """The `run` that forward_pairs takes, of tensors that have shapes only."""
+def run_without_data(args, config: PretrainedConfig, device: torch.device) -> Iterator:
+    """Gives a `run` as train_ganpo.build does, for a `with` block, of tensors that hold no data.
+
+    device is where the run would take place. The tensors themselves lie on the CPU.
+    """
     dtype, run = DTYPES[args.dtype], SimpleNamespace(args=args, ref=None)
-    run.critics = build_critics(args, config)  # real, being small
+    run.opo_loss = with_settings(args.loss, vars(args))
+    run.of_rewards = OPO_LOSSES[args.loss].needs_ref, args.beta
+    run.critics = build_critics(args, config.hidden_size)  # small enough to hold data
+    bfloat16 = device.type == "cuda" and dtype == torch.bfloat16  # as in autocast_of
+    run.autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=bfloat16)
     with FakeTensorMode(allow_non_fake_inputs=True):
         load = partial(load_lm, dtype=dtype, shell="cpu")
         run.policy = load(args.model, checkpointing=args.checkpointing)
@@ -75,64 +59,60 @@ def players_without_weights(args, config: PretrainedConfig):
         yield run
 
 
-def needed_memory(
-    forward_pairs: Callable,
-    args,
-    config: PretrainedConfig,
-    cut: Survey,
-    device: torch.device,
-    shards: int,
+def estimated_memory(
+    args, config: PretrainedConfig, plans: Survey, device: torch.device, shards: int
 ) -> dict[str, float]:
-    """Bytes by part on one rank at the peak of a step, of models that have no weights yet;
-    forward_pairs(run, batch, sums) is the loop's."""
+    """Returns bytes by part that one rank holds at the peak of a step.
+
+    args are train_ganpo.py's settings, config is the model's. plans says how the steps are divided
+    into forwards. device is where they would run, which need not be here. shards is the number of
+    ranks that share one copy of the weights. Raises NoEstimate if the loss or a critic asks for a
+    tensor's value.
+    """
     dtype = DTYPES[args.dtype]
-    with players_without_weights(args, config) as run:
-        run.autocast = autocast(device, dtype, torch.device("cpu"))
+    ref_model = args.ref_model if needs_reference(args) else None
+    parts = least_memory(args.model, ref_model, dtype, args.checkpointing, 0, shards)
+    with run_without_data(args, config, device) as run:
         if attention.choose(args.attention, config, device, dtype) == "flex":
             for layer in run.policy.model.base_model.layers:  # its kernel keeps no scores
                 layer.self_attn.attn_logit_softcapping = None
-        forward = partial(forward_pairs, run, sums=defaultdict(float))
+        forwards = plans.heaviest if run.critics else [plans.longest]  # whose graphs live at once
+        sample = forwards[len(forwards) // 2]
+        batch = pack(sample)
         try:
-            return memory(run, forward, cut, shards)
+            kept = kept_bytes(run, batch)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise InputError(
-                f"a loss or critic asks for a tensor's value, by .item(), an `if` or x[mask]"
-                f" ({error.func}): it must work on tensors without data, as this estimate has"
+            raise NoEstimate(
+                "no estimate of memory: the loss or a critic reads a tensor's value, as .item() or"
+                f" x[mask] does ({error.func})"
             ) from None
-
-
-def memory(run, forward: Callable, cut: Survey, shards: int) -> dict[str, float]:
-    """Bytes on one rank at the peak of a step, by part. run holds the players as fake tensors in
-    the dtype of compute, forward(batch) is that of a micro-batch."""
-    forwards = cut.heaviest if run.critics else [cut.longest]  # whose graphs are alive at once
-    sample = forwards[len(forwards) // 2]
-    batch = pack(sample)
-    lm = run.policy.model
-    size = next(lm.parameters()).element_size()  # of compute
-    master = max(4, size)
-    weights = sum(p.numel() for p in lm.parameters())
-    layers = sum(p.numel() for p in lm.base_model.layers.parameters())
-    kept = kept_bytes(lambda: forward(batch), run)
+    lm, models = run.policy.model, 2 if run.ref else 1
+    weights, layers = (
+        sum(p.numel() for p in module.parameters()) for module in (lm, lm.base_model.layers)
+    )
     vocabulary = lm.get_output_embeddings().weight.shape[0]
     rows = min(rows_per_chunk(vocabulary), len(batch.labels))
-    models = 1 if run.ref is None else 2
     critics = sum(p.numel() for p in run.critics.parameters()) if run.critics else 0
-    return {
-        "weights, moments, gradients": 4 * master * (weights / shards + critics),
-        "reference": (models - 1) * size * weights / shards,
-        # embedding and head of each model stay whole during a step, with a gradient; of the layers
-        # the one in use and the next do
+    size = dtype.itemsize
+    return parts | {
+        "graphs": kept / tokens_in(sample) * sum(map(tokens_in, forwards)),
+        "critics": 4 * max(4, size) * critics,
+        # The embedding and head of each model stay whole during a step, the policy's with a
+        # gradient. Of the layers, the one in use and the next are whole.
         "unsharded": (models + 1) * size * (weights - layers)
         + 3 * size * layers / len(lm.base_model.layers),
-        # a chunk's logits, their softmax and its gradient, twice the first and last in bfloat16
+        # A chunk's logits, their softmax and its gradient; in bfloat16 the first and the last are
+        # there in float32 too.
         "logits": rows * vocabulary * {2: 16, 4: 12, 8: 24}[size],
-        "graphs": kept / tokens_in(sample) * sum(map(tokens_in, forwards)),
     }
 
 
-def kept_bytes(forward: Callable, run) -> int:
-    """Of what forward() returns and autograd keeps for its backward, each storage once, the
-    players' own weights left out."""
+def kept_bytes(run, batch: Packed) -> int:
+    """Returns the bytes that a micro-batch keeps until the policy's backward.
+
+    They are what autograd saves, what forward_pairs returns, and what a hook on the latents holds.
+    Each storage counts once, and the weights do not count.
+    """
     kept = {}
 
     def note(x):
@@ -140,38 +120,31 @@ def kept_bytes(forward: Callable, run) -> int:
         return x
 
     with saved_tensors_hooks(note, lambda x: x):
-        out = forward()
-    for x in vars(out).values():
+        out = train_ganpo.forward_pairs(run, batch)
+        scores = run_critics(run, out) if run.critics else []
+    for x in (*vars(out).values(), *scores):
         if torch.is_tensor(x):
             note(x)
-    players = [m for m in (run.policy, run.ref, run.critics) if m is not None]
-    for p in (p for module in players for p in module.parameters()):
+    modules = [m for m in (run.policy, run.ref, run.critics) if m is not None]
+    for p in (p for module in modules for p in module.parameters()):
         kept.pop(p.untyped_storage()._cdata, None)
-    return sum(storage.nbytes() for storage in kept.values())
+    in_hook = 0
+    if run.args.lambda_adv > 0:  # report.alignment_hook's h_ref - h_theta, (T, H)
+        in_hook = len(batch.ids) * out.h.shape[-1] * out.h.element_size()
+    return in_hook + sum(storage.nbytes() for storage in kept.values())
 
 
-def available(device: torch.device) -> float:
-    """Bytes that one rank may use."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    container = Path("/sys/fs/cgroup/memory.max")
-    if container.exists() and (text := container.read_text().strip()) != "max":
-        limits.append(int(text))
-    return min(limits) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+def run_critics(run, out) -> list[torch.Tensor]:
+    """Scores the latents of a micro-batch at the moment at which most of the graphs are alive.
 
-
-def gigabytes(needs: dict) -> str:
-    parts = ", ".join(f"{part} {n / 2**30:.2f}" for part, n in needs.items())
-    return f"memory per rank, estimated: {sum(needs.values()) / 2**30:.2f} GB ({parts})"
-
-
-def refuse_what_cannot_fit(needs: dict, device: torch.device):
-    """InputError where what is certainly there at once is more than the device has."""
-    certain = sum(needs[part] for part in ("weights, moments, gradients", "reference", "graphs"))
-    there = available(device)
-    if certain > there:
-        raise InputError(
-            f"{gigabytes(needs)}; there: {there / 2**30:.2f} GB. More ranks, --checkpointing, or"
-            " without a discriminator a smaller --micro_tokens need less"
-        )
+    That is before the discriminators' backward, or with the paired critic before the policy's. out
+    is what forward_pairs returned. Returns the scores.
+    """
+    if run.args.critic != "paired":
+        return [train_ganpo.quad_scores(run, out.h_ref, out.h.detach(), out.mask)]
+    run.critics.requires_grad_(False)
+    return [
+        critic.token_scores(x)
+        for _, critic, h_theta, h_ref, *_ in paired.of_each_critic(run, out)
+        for x in critic.inputs(h_theta, h_ref)
+    ]

@@ -1,19 +1,21 @@
-"""Pictures of what the other programs wrote, their means, errors and correlations.
+"""Draws figures from what the other programs wrote: means, errors and correlations.
 
-    python plots.py out/run-000 out/run-001 [--out figures] [--temperature 0.7]
+    python -m tools.plots out/run-000 out/run-001 [--out figures] [--temperature 0.7]
 
-A RUN is a folder of train_ganpo.py (metrics.csv, config.json) with eval_alpaca.py's folder in it
-(eval-*/results.json, scores.jsonl), or such an evaluation alone. What a figure needs and no run has
-is left out, and said.
+A RUN is a folder of train_ganpo.py (metrics.csv, config.json), with the folder of eval_alpaca.py in
+it (eval-*/results.json, scores.jsonl), or such an evaluation by itself. If no run has what a figure
+needs, the figure is not drawn and the program says so.
 
     temperature.png   Fig 3a, 3b    win rate and strict accuracy against temperature
     critic.png        Fig 4         discriminator's and reward model's score against the judge's
     length.png        Fig 5         win rate by length of the answer
-    margin.png        Fig 6-9       margins over training, with and without the adversarial term
-    health.png        ours          discriminators over training, with what they would show if blind
+    margin.png        Fig 6-9       margins over training, with and without the adversarial loss
+    health.png        ours          discriminators over training, beside their neutral values
 
-reproduce.py draws two more, regimes and frontier.
+miniature/results.py draws two more, regimes and frontier.
 """
+
+import cpu  # noqa: F401  must come before torch
 
 import json
 import sys
@@ -31,8 +33,8 @@ from flags import Parser, at_least_0
 from report import read_config, read_table
 from winrate import standard_error
 
-# Okabe and Ito's colours, which colour-blind eyes tell apart, in an order of falling darkness;
-# lines and marks differ too, for print in grey
+# Colours of Okabe and Ito, which colour-blind readers can tell apart. Lines and marks differ too,
+# for prints in grey.
 STYLES = [
     dict(color="#000000", linestyle="-", marker="o"),
     dict(color="#0072B2", linestyle="--", marker="s"),
@@ -46,16 +48,21 @@ OUT_OF_DISTRIBUTION = (1.5, 2.0)  # Fig 4's temperatures
 
 
 class Run(NamedTuple):
+    """What is drawn of one RUN."""
+
     name: str
-    style: dict
-    loss: str | None  # of its config.json
+    style: dict  # of its lines
+    loss: str | None  # --loss, from config.json
     metrics: list[dict]  # rows of metrics.csv
-    results: list[dict]
-    scores: list[dict]
+    results: list[dict]  # rows of results.json
+    scores: list[dict]  # rows of scores.jsonl
 
 
 def read_run(folder: Path, style: dict) -> Run:
-    """InputError if the folder holds nothing to draw, or more than one evaluation."""
+    """Returns the run in a folder.
+
+    Raises InputError if the folder holds nothing to draw, or several evaluations.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     config, metrics = read_config(folder) or {}, []
@@ -64,7 +71,7 @@ def read_run(folder: Path, style: dict) -> Run:
     found = sorted(folder.glob("eval-*/results.json")) or sorted(folder.glob("results.json"))
     if len(found) > 1:
         names = ", ".join(f.parent.name for f in found)
-        raise InputError(f"{folder}: several evaluations: name one as RUN: {names}")
+        raise InputError(f"{folder}: several evaluations, pass one of them as RUN: {names}")
     if not metrics and not found:
         raise InputError(f"{folder}: neither metrics.csv nor results.json")
     results, scores = [], []
@@ -77,34 +84,35 @@ def read_run(folder: Path, style: dict) -> Run:
 
 
 def name_of(config: dict) -> str | None:
-    """As the paper writes it: DPO, GANPO(DPO), ..."""
-    if not config:
+    """Returns the name of a run's method as the paper writes it: DPO, GANPO(DPO), ..."""
+    if "lambda_adv" not in config:  # not a run of train_ganpo.py
         return None
     loss = {"dpo": "DPO", "simpo": "SimPO", "ipo": "IPO", "sft": "SFT"}.get(config["loss"])
     loss = loss or config["loss"]
     if config["lambda_adv"] == 0:
         return loss
-    if config.get("critic") == "paired":
-        return f"{loss} + paired critic"
-    return f"{loss} + MSE" if config["disc"] == "mse" else f"GANPO({loss})"
+    others = {"paired": f"{loss} + paired critic", "mse": f"{loss} + MSE"}
+    return others.get(config["critic"], f"GANPO({loss})")
 
 
 def read_runs(folders: list[str]) -> list[Run]:
+    """Returns the runs of all folders. Two runs of one method get their folders' names too."""
     if len(folders) > len(STYLES):
         raise InputError(f"{len(folders)} runs: more than {len(STYLES)} lines cannot be told apart")
     runs = [read_run(Path(f), style) for f, style in zip(folders, STYLES, strict=False)]
     names = [r.name for r in runs]
-    return [  # two runs of one method are told apart by their folders
+    return [
         r._replace(name=f"{r.name} {Path(f).name}") if names.count(r.name) > 1 else r
         for r, f in zip(runs, folders, strict=True)
     ]
 
 
 # ---------------------------------------------------------------------- figures
-# Each takes the runs -> a figure, or None if no run has what it shows.
+# Each function returns a figure, or None if no run has what it shows.
 
 
-def temperature(runs, args):
+def temperature(runs: list[Run], args):
+    """Fig 3a and 3b: win rate and strict accuracy against temperature."""
     runs = [r for r in runs if r.results]
     panels = [("win_rate", "win rate, %"), ("strict_acc", "strict accuracy, %")]
     panels = [
@@ -127,15 +135,19 @@ def temperature(runs, args):
     return figure
 
 
-def judge_of(runs) -> str:
+def judge_of(runs: list[Run]) -> str:
+    """Returns the judges of the runs and the numbers of their prompts, as a title."""
     rows = [row for r in runs for row in r.results]
     n = sorted({row["n"] for row in rows})
     judges = ", ".join(sorted({row["judge"] for row in rows}))
     return f"judge {judges}, n = {' to '.join(map(str, {n[0], n[-1]}))}"
 
 
-def critic(runs, args):
-    """One run: the first whose answers both have scored."""
+def critic(runs: list[Run], args):
+    """Fig 4: scores of discriminator and reward model against the judge's.
+
+    Draws the first run whose answers the discriminator has scored at high temperature.
+    """
     keys = [("critic_pos", "discriminator's score"), ("reward", "reward model's score")]
     for run in runs:
         have = [k for k in keys if any(k[0] in row for row in run.scores)]
@@ -158,8 +170,11 @@ def critic(runs, args):
     return figure
 
 
-def pearson(x, y, draws: int = 2000):
-    """r, and the ends of its 95 % bootstrap interval over answers."""
+def pearson(x: np.ndarray, y: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:
+    """Returns the correlation r of x and y, (n,) each, and the ends of its 95 % interval.
+
+    The interval is from a bootstrap with so many draws of the n answers.
+    """
     rng, n = np.random.default_rng(0), len(x)
 
     def r(x, y):
@@ -171,8 +186,8 @@ def pearson(x, y, draws: int = 2000):
     return float(r(x, y)), float(low), float(high)
 
 
-def length(runs, args):
-    """Buckets hold a quarter each of all runs' answers."""
+def length(runs: list[Run], args):
+    """Fig 5: win rate by length of the answer, in four groups of all runs' answers."""
     rows = {
         run.name: [
             s for s in run.scores if s["temperature"] == args.temperature and s["win"] is not None
@@ -205,7 +220,8 @@ def length(runs, args):
     return figure
 
 
-def margin(runs, args):
+def margin(runs: list[Run], args):
+    """Fig 6-9: the margin of rewards over training, one panel for each --loss."""
     losses = [x for x in dict.fromkeys(r.loss for r in runs if r.metrics) if x]
     if not losses:
         return None
@@ -219,7 +235,8 @@ def margin(runs, args):
     return figure
 
 
-def health(runs, args):
+def health(runs: list[Run], args):
+    """What the discriminators do over training, beside their neutral values."""
     runs = [r for r in runs if any("disc_acc_pos" in row for row in r.metrics)]
     if not runs:
         return None
@@ -234,7 +251,7 @@ def health(runs, args):
         for run in runs:
             for key, width in zip(keys, (2, 1), strict=False):
                 if not any(key in row for row in run.metrics):
-                    continue  # the paired critic has no d_ra
+                    continue  # a run of the paired critic has no d_ra
                 sign = f" {key[-3:]}" if len(keys) > 1 else ""
                 over_training(ax, run, key, run.name + sign, width)
         if neutral is not None:
@@ -245,8 +262,8 @@ def health(runs, args):
     return figure
 
 
-def over_training(ax, run, key, label=None, width=1.5):
-    """A column of metrics.csv, averaged over a twentieth of the run."""
+def over_training(ax, run: Run, key: str, label: str | None = None, width: float = 1.5):
+    """Draws a column of metrics.csv, as a moving average over a twentieth of the run."""
     rows = [row for row in run.metrics if key in row]
     step, value = (np.array([row[k] for row in rows]) for k in ("step", key))
     window = max(1, len(rows) // 20)
@@ -256,17 +273,20 @@ def over_training(ax, run, key, label=None, width=1.5):
             label=label or run.name, **style)  # fmt: skip
 
 
-def canvas(rows, columns, **settings):
-    """Legible at README's width."""
+def canvas(rows: int, columns: int, **settings):
+    """Returns a figure with so many panels, of a width at which README can show it."""
     width = 8 if columns > 1 else 5
     return plt.subplots(
         rows, columns, figsize=(width, 3.2 * rows), squeeze=False, layout="constrained", **settings
     )
 
 
-def regimes(values: dict, regimes: list[str], title: str):
-    """reproduce.py's: values[method, temperature] -> per regime an array over seeds, or None where
-    a method was not run; one panel per temperature."""
+def regimes(values: dict, rates: list[str], title: str):
+    """Returns miniature/results.py's figure of strict accuracy at three learning rates.
+
+    values[method, temperature] holds for each rate an array over seeds, or None where the method
+    was not run. There is one panel per temperature.
+    """
     temperatures = sorted({t for _, t in values})
     figure, axes = canvas(1, len(temperatures))
     for ax, t in zip(axes.flat, temperatures, strict=True):
@@ -275,7 +295,7 @@ def regimes(values: dict, regimes: list[str], title: str):
             x, y = [i for i, _ in found], [v.mean() for _, v in found]
             e = [standard_error(v) for _, v in found]
             ax.errorbar(x, y, e, label=method, capsize=2, markersize=4, **style)
-        ax.set_xticks(range(len(regimes)), regimes)
+        ax.set_xticks(range(len(rates)), rates)
         ax.set(xlabel="learning rate of the policy", ylabel=f"strict accuracy at T = {t:g}, %")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     axes.flat[0].set_title(title, fontsize=9, loc="left")
@@ -283,8 +303,11 @@ def regimes(values: dict, regimes: list[str], title: str):
 
 
 def frontier(curves: dict, title: str):
-    """reproduce.py's: curves[method] -> points, each three arrays over seeds: strict accuracy at
-    T = 1.0, 1.5 and 0.7, minus that of one method in the same worlds."""
+    """Returns miniature/results.py's figure of strict accuracy at high temperatures and at 0.7.
+
+    curves[method] holds points. A point is three arrays over seeds: strict accuracy at T = 1.0, 1.5
+    and 0.7, minus that of another method in the same worlds.
+    """
     figure, axes = canvas(1, 2)
     for (method, points), style in zip(curves.items(), STYLES, strict=False):
         mean = np.array([[v.mean() for v in point] for point in points]).T
@@ -304,20 +327,23 @@ def frontier(curves: dict, title: str):
 FIGURES = {f.__name__: f for f in (temperature, critic, length, margin, health)}
 
 
-def save(figure, path):
+def save(figure, path: Path):
+    """Writes a figure as a png file and closes it."""
     figure.savefig(path, dpi=150, metadata={"Software": None})
     plt.close(figure)
 
 
 def parse_args(argv: list[str]):
-    parser = Parser("plots.py", __doc__, "plots.py RUN [RUN ...] [--out figures]")
+    """Returns the settings of this program."""
+    parser = Parser("tools.plots", __doc__, "python -m tools.plots RUN [RUN ...] [--out figures]")
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--out", default="figures", help="[figures]")
     parser.add_argument("--temperature", type=at_least_0, default=0.7, help="of Fig 5 [0.7]")
     return parser.parse_args(argv)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None):
+    """Runs the program with a command line, by default that of the process."""
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
         runs = read_runs(args.runs)
@@ -325,13 +351,13 @@ def main(argv=None):
         for name, draw in FIGURES.items():
             figure = draw(runs, args)
             if figure is None:
-                print(f"{name}: nothing to draw in these runs")
+                print(f"{name}: these runs have nothing to draw")
                 continue
             path = Path(args.out) / f"{name}.png"
             save(figure, path)
             print(f"wrote {path}")
     except (InputError, OSError) as error:
-        sys.exit(f"plots.py: {error}")
+        sys.exit(f"tools.plots: {error}")
 
 
 if __name__ == "__main__":
