@@ -103,13 +103,14 @@ class Loop:
         windowed = window is not None and m > window
         if n == m and not windowed and softcap is None:
             return None
-        if (n, m, windowed) not in self.masks:
+        kind = n, m, window if windowed else None
+        if kind not in self.masks:
             seen = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
             if windowed:
                 seen = seen.triu(m - n - window + 1)
             mask = torch.zeros(n, m, dtype=q.dtype, device=q.device)
-            self.masks[n, m, windowed] = mask.masked_fill(~seen, float("-inf"))
-        return self.masks[n, m, windowed]
+            self.masks[kind] = mask.masked_fill(~seen, float("-inf"))
+        return self.masks[kind]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling, softcap):

@@ -31,7 +31,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 import paired  # noqa: F401  it registers its critic, so that build_discriminator knows it
-from data import InputError
+from data import InputError, input_error_for
 from discriminator import build_discriminator
 from distributed import Trained, from_rank_0, print0
 from report import check_same, read_config
@@ -59,7 +59,7 @@ def check_out_dir(args) -> Path:
     if taken and not args.resume:
         raise InputError(f"{folder} holds a run: pass --resume, or another --out_dir")
     nearest = next(f for f in (folder, *folder.absolute().parents) if f.exists())
-    with tempfile.TemporaryFile(dir=nearest):
+    with input_error_for(f"--out_dir {folder}"), tempfile.TemporaryFile(dir=nearest):
         return folder
 
 

@@ -73,7 +73,8 @@ def flags() -> Parser:
     add = parser.add_argument_group("adversarial regulariser").add_argument
     add("--lambda_adv", type=at_least_0, help="0: plain --loss [1, App. B; mini 0.1; paired 10]")
     add("--critic", choices=[*DISCRIMINATORS, "mse"], help="[transformer, Fig 10]")
-    add("--adv_loss", choices=["minimax", "nonsaturating"], default="minimax", help="[Eq 18]")
+    add("--adv_loss", choices=["minimax", "nonsaturating"], default="minimax",
+        help="[minimax, Eq 18]")
     add("--mean", choices=["ema", "batch"], default="ema", help="means of the scores [ema, Alg. 1]")
     add("--ema_decay", type=number(float, 0, 0.999999), default=0.9, help="alpha [0.9, App. B]")
     add("--disc_layers", type=count, help="[2, llama preset 4, App. B]")
@@ -97,14 +98,14 @@ def flags() -> Parser:
     add("--dtype", choices=DTYPES, help="of compute; weights stay float32 [bfloat16; mini float32]")
     add("--checkpointing", action="store_true", help="recompute layers in backward [off, ours]")
     kinds = ["auto", *LAYOUTS]
-    add("--attention", choices=kinds, default="auto", help="[by device, precision and model]")
+    add("--attention", choices=kinds, default="auto", help="[auto: by device, dtype and model]")
     add = parser.add_argument_group("running").add_argument
     add("--save_every", type=natural, help="steps between states, 0: at the end [50; mini 0]")
     add("--keep", type=count, default=2, help="newest states that stay [2]")
     add("--eval_every", type=natural, help="steps between evaluations; 0: none [50; mini 32]")
     add("--seed", type=natural, default=0, help="[0]")
     add("--out_dir", help="[the next free out/run-NNN]")
-    add("--resume", action="store_true", help="continue from the newest state of --out_dir")
+    add("--resume", action="store_true", help="go on from the newest state of --out_dir [off]")
     add("--timeout", type=positive, default=600, help="seconds to wait for another rank [600]")
     return parser
 # fmt: on
