@@ -79,6 +79,7 @@ def claim_out_dir(args, stack: ExitStack) -> Path:
             raise InputError(f"{folder} is in use by another process") from None
         return folder
 
+    dist.barrier()  # until every rank has looked at the folder, before rank 0 changes it
     return from_rank_0(claim, "--out_dir")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 # OpenMP's threads wait for work in a busy loop. By default the loop is so long that another busy
 # process on the same cores makes training many times slower; this value keeps it short.
-SPIN_COUNT = "10000"
+SPIN_COUNT = "3000"
 SPIN_COUNT_IS_OURS = "GOMP_SPINCOUNT" not in os.environ and "OMP_WAIT_POLICY" not in os.environ
 if SPIN_COUNT_IS_OURS:
     os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
