@@ -109,7 +109,7 @@ def test_a_session_has_the_chosen_threads(own, monkeypatch):
 
 
 @pytest.mark.parametrize("variables, expected", [
-    ({}, ("10000", True)),
+    ({}, ("3000", True)),
     ({"GOMP_SPINCOUNT": "5"}, ("5", False)),
     ({"OMP_WAIT_POLICY": "passive"}, ("None", False)),
 ])  # fmt: skip
