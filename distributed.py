@@ -275,10 +275,14 @@ def available_memory(device: torch.device) -> float:
     """Returns the bytes that one rank may use: the GPU's, or its share of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    sources = (
+        lambda: os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        lambda: int(Path("/sys/fs/cgroup/memory.max").read_text()),  # of a container
+    )
     limits = []
-    try:
-        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))  # of a container
-    except (OSError, ValueError):  # not there, or "max"
-        pass
+    for read in sources:
+        try:
+            limits.append(read())
+        except (OSError, ValueError):  # not there, or "max"
+            continue
     return min(limits, default=math.inf) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
