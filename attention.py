@@ -44,7 +44,7 @@ def choose(wanted: str, config: PretrainedConfig, device: torch.device, dtype: t
 
 
 def layout(kind: str, batch: Packed):
-    """Returns what the attention of every layer needs to know of a row; made once per forward."""
+    """Returns the Loop, Varlen or Flex of a packed row, made once per forward for all layers."""
     return LAYOUTS[kind](batch)
 
 
@@ -54,9 +54,10 @@ def shared_prompt_attention(
 ):  # fmt: skip
     """The attention that transformers calls in every layer, over one packed row.
 
-    query is (1, heads, T, D); key and value have as many heads or a divisor of that number. layout
-    comes from layout() above. Returns the output (1, T, heads, D), and None in place of attention
-    weights. Raises ValueError if the model was called without a layout.
+    query is (1, heads, T, E), E the size of a head; key and value have as many heads or a divisor
+    of that number. layout comes from layout() above; attention_mask is not used. Returns the output
+    (1, T, heads, E), and None in place of attention weights. Raises ValueError if the model was
+    called without a layout.
     """
     if layout is None:
         raise ValueError(
@@ -78,7 +79,7 @@ class Loop:
         self.masks = {}  # every layer uses the same ones
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling, window, softcap) -> Tensor:
-        """Returns (1, T, heads, D). window is the number of keys that a query sees, or None."""
+        """Returns (1, T, heads, E). window is the number of keys that a query sees, or None."""
         out = []
         # one split, because the gradient of a slice of the row is a whole row of zeros
         parts = zip(*(x.split(self.sizes, dim=2) for x in (query, key, value)), strict=True)
@@ -96,8 +97,8 @@ class Loop:
     def mask(self, q: Tensor, k: Tensor, window: int | None, softcap: float | None):
         """Returns what is added to the scores (n, m): 0 where a query sees a key, else -inf.
 
-        q holds the last n of the m positions that k covers. Returns None where n = m, without a
-        window and a soft cap: the kernel then needs no mask.
+        q has n positions, the last of the m that k has. Returns None where the kernel needs no
+        mask: n = m, no soft cap, and no window shorter than m.
         """
         n, m = q.shape[2], k.shape[2]
         windowed = window is not None and m > window
@@ -114,9 +115,9 @@ class Loop:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling, softcap):
-    """Returns causal attention (1, heads, n, D), with a soft cap of the scores if that is given.
+    """Returns causal attention (1, heads, n, E), with a soft cap of the scores if that is given.
 
-    q is (1, heads, n, D); k and v are (1, key heads, m, D). mask comes from Loop.mask.
+    q is (1, heads, n, E); k and v are (1, key heads, m, E). mask comes from Loop.mask.
     """
     if softcap is None:
         gqa = q.shape[1] != k.shape[1]

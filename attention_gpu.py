@@ -22,9 +22,9 @@ def tensor_on(x: np.ndarray, device: torch.device) -> Tensor:
 class Varlen:
     """One varlen_attn per layer.
 
-    Queries stay as they lie in the row. Keys and values are gathered, so that the prompt's stand
-    once more before each rejected answer's. The kernel aligns its causal mask at the end of each
-    sequence, which is right for the last n positions of a longer one.
+    Queries keep the order of the row. Keys and values are gathered, so that those of the prompt are
+    repeated before those of each rejected answer. The kernel aligns its causal mask at the end of
+    each sequence, which is right for the last n positions of a longer one.
     """
 
     def __init__(self, batch: Packed):
@@ -47,8 +47,8 @@ class Varlen:
         self.longest = max(queries), max(keys)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling, window, softcap) -> Tensor:
-        """Returns (1, T, heads, D). window is the number of keys that a query sees, or None."""
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
+        """Returns (1, T, heads, E). window is the number of keys that a query sees, or None."""
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, E)
         k, v = k.index_select(0, self.index), v.index_select(0, self.index)
         gqa = {}
         if q.shape[1] != k.shape[1] and self.takes_gqa:  # torch before 2.12 has no such argument
@@ -74,7 +74,7 @@ class Flex:
         self.segments, self.device, self.masks = batch.segments, batch.ids.device, {}
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling, window, softcap) -> Tensor:
-        """Returns (1, T, heads, D). window is the number of keys that a query sees, or None."""
+        """Returns (1, T, heads, E). window is the number of keys that a query sees, or None."""
         if window not in self.masks:
             self.masks[window] = block_mask(self.segments, window, self.device)
         out = flex_kernel(query.is_cuda)(
@@ -98,7 +98,7 @@ def flex_kernel(cuda: bool):
 
 @functools.cache
 def soft_capped(cap: float):
-    """Returns the change of scores that flex_attention makes for a soft cap."""
+    """Returns flex_attention's score_mod for a soft cap."""
     return lambda score, batch, head, q, k: cap * torch.tanh(score / cap)
 
 
@@ -156,7 +156,10 @@ def block_mask(segments: tuple, window: int | None, device: torch.device):
 
 
 def add_ranges(marks: np.ndarray, query: np.ndarray, begin: np.ndarray, end: np.ndarray):
-    """Adds 1 to marks[query's block, begin:end], as differences that a cumulative sum resolves."""
+    """Adds 1 at begin and -1 at end, both in blocks, in the row of each query's block.
+
+    A cumulative sum then gives how many queries have a block of keys in their range [begin, end).
+    """
     some = begin < end
     np.add.at(marks, (query[some] // BLOCK, begin[some]), 1)
     np.add.at(marks, (query[some] // BLOCK, end[some]), -1)

@@ -46,8 +46,8 @@ FILE_BYTES = 2**32  # size of a state's files at which another begins; a file is
 def check_out_dir(args) -> Path:
     """Returns --out_dir, or the next free out/run-NNN, without creating it.
 
-    Raises InputError if the folder holds a run and --resume was not given, or the reverse, and
-    OSError if nothing can be written there.
+    Raises InputError if the folder holds a run and --resume was not given, or the reverse, or if
+    nothing can be written there.
     """
     folder = Path(args.out_dir or "out")
     if not args.out_dir:
@@ -84,9 +84,10 @@ def claim_out_dir(args, stack: ExitStack) -> Path:
 
 
 def claim_with_config(args, stack: ExitStack, fingerprint: str, **more) -> Path:
-    """Claims --out_dir and returns it with its config.json: args, the data's fingerprint and more.
+    """Claims --out_dir, writes its config.json and returns the folder.
 
-    With --resume the settings are compared with those that stand there; InputError if they differ.
+    config.json holds args, the data's fingerprint and `more`. With --resume, raises InputError if
+    these settings differ from those of the run.
     """
     folder = claim_out_dir(args, stack)
     config = json.loads(json.dumps(vars(args) | more | {"data_fingerprint": fingerprint}))
@@ -98,9 +99,10 @@ def claim_with_config(args, stack: ExitStack, fingerprint: str, **more) -> Path:
 
 
 def open_run(out_dir: Path, config: dict, start: int, last: int, final_table: bool) -> bool:
-    """Prepares the folder for steps start to last; returns False if nothing is left to do.
+    """Prepares the folder to go on from `start` finished steps to `last`; rank 0 calls it.
 
-    Rank 0 calls it. final_table says whether the run ends with a final.csv.
+    Removes exports that are out of date and writes config.json. Returns False, and changes nothing,
+    if all is done. final_table says whether the run ends with a final.csv.
     """
     exports = [out_dir / "hf"] + [out_dir / "final.csv"] * final_table
     if start >= last and all(path.exists() for path in exports):
@@ -114,7 +116,7 @@ def open_run(out_dir: Path, config: dict, start: int, last: int, final_table: bo
 
 
 def room_needed(trained: Trained, keep: int, out_dir: Path) -> int:
-    """Returns the bytes that a run will write: `keep` states, one more beside them, the export."""
+    """Returns the bytes still to be written: `keep` + 1 states less those there, and the export."""
     there = len(list(Path(out_dir, "state").glob("step-*")))
     export = sum(p.numel() * p.element_size() for p in trained.policy.parameters())
     return max(1, keep + 1 - there) * state_bytes(trained) + export
@@ -223,7 +225,7 @@ def remove_unfinished(states: Path):
 
 
 def complete(unfinished: Path, folder: Path, manifest: dict, keep: int):
-    """Writes the manifest, gives the state its name, and removes all states but `keep`."""
+    """Writes the manifest, names the state, and removes older states but `keep`, and later ones."""
     write_synced(
         unfinished / MANIFEST, json.dumps(manifest | {"digest": digest(manifest)}, indent=1)
     )
@@ -257,7 +259,7 @@ def sync_folder(path: Path):
 
 
 def hash_files(folder: Path) -> dict[str, list]:
-    """Returns size and SHA-256 of every file but the manifest; the ranks share the work."""
+    """Returns [size, SHA-256] of every file but the manifest, by name; all ranks call it."""
     rank, world = dist.get_rank(), dist.get_world_size()
     files = sorted(f for f in Path(folder).iterdir() if f.name != MANIFEST)
     mine = {f.name: [f.stat().st_size, sha256(f)] for f in files[rank::world]}
@@ -276,7 +278,7 @@ def digest(manifest: dict) -> str:
 
 
 def read_manifest(folder: Path) -> dict | None:
-    """Returns a state's manifest, or None if none is whole: then the state does not count."""
+    """Returns a state's manifest without its digest, or None if it is missing or damaged."""
     try:
         manifest = json.loads((Path(folder) / MANIFEST).read_text())
         return manifest if manifest.pop("digest") == digest(manifest) else None

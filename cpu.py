@@ -25,7 +25,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, NEVER = -1, -4, -1
 
 
 def cores() -> int:
-    """Returns how many cores this process may use; in a container fewer than it may see."""
+    """Returns how many cores this process may use; a container's quota counts, rounded up."""
     try:
         visible = len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS
@@ -41,8 +41,8 @@ def chosen_threads(miniature: bool) -> int | None:
     """Returns the number of threads of this process, or None where the user has set it.
 
     The user's OMP_NUM_THREADS is kept. torchrun sets that variable to 1 itself when it starts
-    several processes, so there 1 counts as not set. miniature says whether the run is one of the
-    miniature, which has a constant; other runs share the cores among the processes of this machine.
+    several processes, so there 1 counts as not set. The processes of this machine share
+    MINIATURE_THREADS if miniature is true, and otherwise all cores.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     own = os.environ.get("OMP_NUM_THREADS")
@@ -58,8 +58,8 @@ def keep_freed_memory():
     """Tells glibc's allocator to keep freed memory for this process.
 
     By default it gives each block of over 32 MB back to the system when it is freed, and the next
-    operation pays for the same pages again. Left alone if the user has set a MALLOC_ variable, and
-    where the C library has no mallopt (macOS, musl).
+    operation pays for the same pages again. Nothing is changed if the user has set a MALLOC_
+    variable or GLIBC_TUNABLES, or where the C library has no mallopt (macOS, musl).
     """
     global freed_memory_is_kept
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):

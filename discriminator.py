@@ -106,7 +106,8 @@ DISCRIMINATORS = {}  # classes by the name that --critic takes
 def discriminator(name: str):
     """Returns a decorator that registers a discriminator's class under a name for --critic.
 
-    The class is built with all settings of build_discriminator as keyword arguments.
+    The class is a subclass of Discriminator. It is called with hidden_size and hidden, and with the
+    other settings of build_discriminator by keyword.
     """
 
     def register(cls):
@@ -121,7 +122,8 @@ class TransformerDiscriminator(Discriminator):
     """The discriminator of Fig 10.
 
     A linear layer to D units (spectral norm), learned positions, pre-norm encoder layers, a masked
-    mean over the tokens, and a head of two layers (spectral norm).
+    mean over the tokens, and a head of two layers (spectral norm). Tokens beyond max_length are not
+    read [choice 8].
     """
 
     def __init__(self, hidden_size, hidden, ema_decay, layers, dropout, max_length, **_):
@@ -233,7 +235,7 @@ def critic_settings(args, hidden_size: int) -> dict:
 def build_critics(args, hidden_size: int) -> nn.ModuleDict | None:
     """Returns disc_pos and disc_neg, or None where the settings need no trained critic.
 
-    The critics are small, so every rank has whole copies, built alike from --seed. The random
+    The critics are small, so every rank has whole copies, built alike from --seed. The CPU's random
     generator is left as it was, so that what follows is the same with and without critics.
     """
     if args.lambda_adv == 0 or args.critic == "mse":
@@ -254,10 +256,10 @@ def autocast_of(device: torch.device, dtype: torch.dtype):
 
 
 def step_critics(run) -> Tensor:
-    """Updates both critics once with the gradients that lie on them; returns the gradients' norm.
+    """Updates both critics once, with one power iteration; returns the norm of their gradient.
 
-    Each rank holds the gradient of its own pairs' part of a global loss, so gradients are summed
-    over ranks. The norm is that of the sum, before the update; the critics are not clipped.
+    Each rank's .grad is that of its own pairs' part of a global loss, so gradients are summed over
+    ranks. The norm is that of the sum; the gradient is not clipped.
     """
     norm = distributed.sum_gradients(run.critics.parameters())
     run.critic_optimizer.step()

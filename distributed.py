@@ -31,9 +31,11 @@ from data import InputError, first_line
 def start(timeout: float, miniature: bool = False) -> torch.device:
     """Joins the process group and returns the device of this process.
 
-    Under torchrun the ranks meet as it says. Without it the process is a world of one that needs no
-    port. A rank that waits for the others longer than timeout seconds ends with an error. miniature
-    says whether the run is one of the miniature, which has its own number of threads (cpu.py).
+    Under torchrun its environment variables say how the ranks meet. Without it the process is a
+    world of one that needs no port. On a CPU the number of threads and the allocator are set
+    (cpu.py). A rank that waits for the others longer than timeout seconds ends with an error.
+    miniature says whether the run is one of the miniature, which has its own number of threads
+    (cpu.py).
     """
     cuda = torch.cuda.is_available()
     if cuda:
@@ -65,7 +67,7 @@ def session(timeout: float, miniature: bool = False):
 
 
 class StopSignals:
-    """SIGTERM and SIGINT within a `with` block.
+    """Handles SIGTERM and SIGINT within a `with` block.
 
     The first signal asks for an orderly end; the program asks anywhere() whether one has come. The
     second signal ends the process at once.
@@ -93,7 +95,7 @@ class StopSignals:
 
 
 def free_memory():
-    """Frees models that nobody holds any more; FSDP2's hold references to themselves."""
+    """Frees models that no variable refers to any more; those of FSDP2 refer to themselves."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -166,12 +168,12 @@ def sharing_ranks() -> int:
     """Returns how many ranks share one copy of the weights: those of one node.
 
     With several nodes each holds a sharded copy of its own, and only gradients travel between nodes
-    (HSDP). Nodes of one rank each share one copy. Raises InputError if nodes differ in their number
-    of ranks.
+    (HSDP). If every node has one rank, all ranks share one copy. Raises InputError if nodes differ
+    in their number of ranks.
     """
     world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if world % local:
-        raise InputError(f"{world} ranks on nodes of {local}: every node needs as many")
+        raise InputError(f"{world} ranks on nodes of {local}: all nodes need equally many ranks")
     return world if local == 1 else local
 
 
@@ -241,7 +243,7 @@ def load_sharded(
 def all_ranks(local: Tensor) -> Tensor:
     """Returns (..., B), the tensors (..., b) of all ranks in rank order.
 
-    This rank's own part keeps its graph; the others carry no gradient.
+    b is the same on all ranks. This rank's own part keeps its graph; the others carry no gradient.
     """
     parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, local.detach().contiguous())
@@ -264,7 +266,7 @@ def sum_gradients(parameters: Iterable) -> Tensor:
 
 
 def assert_equal_on_ranks(module: torch.nn.Module):
-    """Raises AssertionError if the ranks' copies of a module differ."""
+    """Raises AssertionError if the sum of any parameter differs between ranks."""
     sums = torch.stack([p.detach().double().sum() for p in module.parameters()])
     everywhere = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
     dist.all_gather(everywhere, sums)
@@ -272,7 +274,10 @@ def assert_equal_on_ranks(module: torch.nn.Module):
 
 
 def available_memory(device: torch.device) -> float:
-    """Returns the bytes that one rank may use: the GPU's, or its share of the machine's memory."""
+    """Returns the bytes that one rank may use: its GPU's, or its share of the machine's.
+
+    They are the total, not what is free; infinite where the system does not tell it.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     sources = (

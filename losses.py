@@ -1,8 +1,9 @@
 """The mathematics of GANPO as pure functions of tensors, and the table of preference losses.
 
-Equation numbers are those of arXiv 2601.22083. Shapes: B pairs, N texts, L tokens of a text, H
-hidden size. Where a docstring gives no shape, an argument is a float tensor of shape (B,).
-Log-probabilities are natural logarithms. Every function computes in the precision of its inputs.
+Equation numbers are those of arXiv 2601.22083. Shapes: B pairs of a step or a micro-batch, N texts,
+L tokens of a text, H hidden size. Where a docstring gives no shape, an argument is a float tensor
+of shape (B,). Log-probabilities are natural logarithms. Every function computes in the precision of
+its inputs.
 
 All losses are written with softplus(x) = log(1 + e^x), because -log sigma(x) = softplus(-x) and
 -log(1 - sigma(x)) = softplus(x) hold without overflow for every x.
@@ -38,7 +39,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def share_above_0(x: Tensor) -> Tensor:
-    """Returns 1 where x > 0, 1/2 where x = 0 and 0 where x < 0: a win, a tie and a defeat."""
+    """Returns 1 where x > 0, 1/2 where x = 0 and 0 where x < 0, for x of any shape."""
     return (x.sign() + 1) / 2
 
 
@@ -163,9 +164,9 @@ OPO_LOSSES: dict[str, PreferenceLoss] = {}  # by the name that --loss takes
 def opo_loss(name: str, needs_ref: bool, **defaults: float):
     """Returns a decorator that registers a preference loss under a name for --loss.
 
-    needs_ref says whether the loss reads the reference's log-probabilities; without them the
-    reference is not loaded. defaults are the loss's settings, such as beta=0.1. A flag of the same
-    name overrides a default.
+    needs_ref says whether the loss reads the reference's log-probabilities. If not, the reference
+    is loaded only for its latents, where --lambda_adv is above 0. defaults are the loss's settings,
+    such as beta=0.1. A flag of the same name overrides a default.
     """
 
     def register(function):
@@ -219,8 +220,9 @@ def logged_rewards(lp: LogProbs, needs_ref: bool, beta: float) -> tuple[Tensor, 
 
 # ---------------------------------------------------------------------- adversarial losses
 # One discriminator gives raw scores to three sets of latents: s_ref to the reference's of its own
-# sign, s_theta to the policy's, and s_other to the reference's of the opposite sign. mu_ref,
-# mu_theta and mu_other are the means of these scores, scalars.
+# sign, s_theta to the policy's, and s_other to the reference's of the opposite sign. The sign of
+# disc_pos is that of chosen answers, the sign of disc_neg that of rejected ones. mu_ref, mu_theta
+# and mu_other are the means of these scores, scalars.
 
 
 def relativistic_bce(s_real: Tensor, s_fake: Tensor, mu_real: Tensor, mu_fake: Tensor) -> Tensor:
@@ -246,7 +248,7 @@ def discriminator_loss(
 
     BCE(ref, theta) + BCE(theta, reference of the opposite sign)
 
-    The two equations are the same function of the respective discriminator's own scores. Returns a
+    Both equations are the same function; each takes the scores of its own discriminator. Returns a
     scalar; 4 ln 2 where all scores are equal.
     """
     return relativistic_bce(s_ref, s_theta, mu_ref, mu_theta) + relativistic_bce(

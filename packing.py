@@ -23,7 +23,7 @@ from data import Triplet
 
 @lru_cache(maxsize=2)
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """Returns the order (n,) in which an epoch reads n pairs: a permutation of its own."""
+    """Returns the order in which an epoch reads n pairs: a permutation (n,), read-only."""
     order = np.random.default_rng([seed, epoch]).permutation(n)
     order.flags.writeable = False  # the cache hands the same array to every caller
     return order
@@ -32,7 +32,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 def batch_indices(step: int, n: int, batch_size: int, seed: int) -> np.ndarray:
     """Returns which of n pairs belong to a step, (batch_size,).
 
-    It is a function of the step alone, so a resumed run needs no state of a sampler. Pairs that are
+    It depends on the arguments alone, so a resumed run needs no state of a sampler. Pairs that are
     left over after an epoch's last whole batch are not used in that epoch.
     """
     epoch, position = divmod(step, n // batch_size)
@@ -59,9 +59,9 @@ def plan_forwards(
 
     Every rank runs every forward, because FSDP2 communicates in each. Only in the last forward can
     a rank be without pairs. The pairs are sorted by length, the longest first, and dealt to the
-    ranks forwards and backwards in turn, so that the ranks get nearly equal numbers of tokens. A
-    forward holds at most max_pairs pairs and max_tokens tokens per rank; a pair that is longer than
-    max_tokens has a forward to itself.
+    ranks in alternating order (0, 1, 2, then 2, 1, 0), so that the ranks get nearly equal numbers
+    of tokens. A forward holds at most max_pairs pairs and max_tokens tokens per rank; one with a
+    pair that is longer than max_tokens holds one pair per rank.
     """
     lengths = np.array([row_length(t) for t in triplets])
     order = np.argsort(-lengths, kind="stable")
@@ -80,15 +80,15 @@ def plan_forwards(
 class Survey(NamedTuple):
     """How the steps of an epoch are divided into forwards."""
 
-    fewest: int  # forwards in a step
-    most: int
+    fewest: int  # the smallest number of forwards in a step
+    most: int  # the largest
     imbalance: float  # tokens of the busiest rank over the ranks' mean, minus 1; mean over steps
     longest: list[Triplet]  # the forward with the most tokens
-    heaviest: list[list[Triplet]]  # the forwards of one rank in one step with the most tokens
+    heaviest: list[list[Triplet]]  # the forwards of the rank and step with the most tokens in all
 
 
 def survey(steps: Iterable[list[Triplet]], args, ranks: int) -> Survey:
-    """Returns how the loop will divide steps, given as each step's pairs."""
+    """Returns the Survey of steps, each of which is given as its list of pairs."""
     counts, imbalance, longest, heaviest, most = [], [], [], [], 0
     for pairs in steps:
         forwards = plan_forwards(pairs, ranks, args.micro_batch_size, args.micro_tokens)

@@ -79,9 +79,11 @@ def neutral_values(args) -> str:
 
 
 def of_each_critic(run, out):
-    """Yields, for disc_pos and then disc_neg: "pos" or "neg", the critic, the policy's latents
-    (b, L, H), the reference's, their mask (b, L), and the reference's latents and mask of the
-    opposite sign. Latents come in float32 or higher."""
+    """Yields seven values for disc_pos and then for disc_neg; out is forward_pairs' result.
+
+    They are "pos" or "neg", the critic, the latents h_theta and h_ref (b, L, H), their mask (b, L),
+    and h_ref and mask of the pairs' other answers. Latents are in float32 or higher.
+    """
     h, h_ref = (at_least_fp32(x).chunk(2) for x in (out.h, out.h_ref))
     mask = out.mask.chunk(2)
     for i, (name, critic) in enumerate(run.critics.items()):
@@ -91,11 +93,12 @@ def of_each_critic(run, out):
 
 
 def update_discriminators(run, kept: list, step: int) -> dict[str, Tensor]:
-    """Updates both critics --disc_steps times on the step's detached latents; returns metrics.
+    """Updates both critics --disc_steps times, in every --disc_every-th step.
 
-    kept holds what train_ganpo.forward_pairs returned for each micro-batch. The losses are means
-    over pairs, so gradients of micro-batches and ranks add up. Metrics are those before the first
-    update, per pair in out.per_pair.
+    kept holds what train_ganpo.forward_pairs returned for each micro-batch; metrics of each pair,
+    from before the first update, are added to its per_pair. The latents are detached. The losses
+    are means over pairs, so gradients of micro-batches and ranks add up. Returns disc_grad_norm of
+    the first update, or an empty dict in a step without one.
     """
     args, metrics = run.args, {}
     due = step % args.disc_every == 0  # [choice 4]

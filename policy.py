@@ -118,17 +118,17 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------- loading
 
-# The families whose own padded forward tests/test_train.py compares with this file's. Another one
+# The families whose own padded forward tests/test_policy.py compares with this file's. Another one
 # may have a detail that this file would leave out in silence (a scale of the logits, attention
 # sinks), so it has to be added to that test first.
 FAMILIES = ("gemma2", "llama", "mistral", "qwen2", "qwen3")
 
 
 def check_config(config: PretrainedConfig, max_length: int):
-    """Raises ValueError if this file's forward would not be the model's own."""
+    """Raises ValueError if the model is not in FAMILIES or has fewer than max_length positions."""
     if config.model_type not in FAMILIES:
         raise ValueError(
-            f"model type {config.model_type!r} is none of those checked here: {', '.join(FAMILIES)}"
+            f"model type {config.model_type!r} is not supported; these are: {', '.join(FAMILIES)}"
         )
     positions = config.max_position_embeddings
     if max_length > positions:
@@ -214,7 +214,7 @@ def least_memory(
     kept_tokens: int,
     shards: int,
 ) -> dict[str, float]:
-    """Returns bytes by part that one rank certainly holds at once in a step.
+    """Returns a lower bound of one rank's memory in a step: a dict of part to bytes.
 
     name is the policy's folder or Hub id, ref_name the reference's or None. dtype is the precision
     of compute. kept_tokens is the number of tokens whose graphs are alive at once on one rank.
@@ -245,8 +245,8 @@ def refuse_what_cannot_fit(needed: dict[str, float], available: float):
     """Raises InputError if one rank certainly needs more bytes than are available."""
     if sum(needed.values()) > available:
         raise InputError(
-            f"{memory_line(needed)}; available: {available / 2**30:.2f} GiB. More ranks,"
-            " --checkpointing, or without a trained critic a smaller --micro_tokens need less"
+            f"{memory_line(needed)}; available: {available / 2**30:.2f} GiB. More ranks"
+            " or --checkpointing need less; without a trained critic also a smaller --micro_tokens"
         )
 
 

@@ -38,7 +38,8 @@ PRESETS = {  # what --preset sets; every flag overrides it
     "mini": dict(
         model="out/mini/seed{seed}/model", dataset="out/mini/seed{seed}/train.jsonl", lr=1e-4,
         lambda_adv=0.1, disc_lr_ratio=10.0, simpo_beta=2.0, gamma_beta_ratio=0.5, disc_layers=2,
-        disc_hidden=32, disc_dropout=0.0, batch_size=32, max_length=256, dtype="float32",
+        disc_hidden=32, disc_dropout=0.0, batch_size=32, micro_batch_size=32, max_length=256,
+        dtype="float32",
         eval_split="out/mini/seed{seed}/test.jsonl", eval_every=32, save_every=0,
     ),
     "gemma-2-2b-it": PAPER | dict(
@@ -90,7 +91,8 @@ def flags() -> Parser:
     add("--warmup", type=fraction, default=0.1, help="share of steps, then cosine [0.1, App. B]")
     add("--grad_clip", type=positive, default=1.0, help="norm of the policy's gradient [1, ours]")
     add("--batch_size", type=count, help="pairs per step over all ranks [128, App. B; mini 32]")
-    add("--micro_batch_size", type=count, default=8, help="pairs per forward and rank [8, ours]")
+    add("--micro_batch_size", type=count, default=8,
+        help="pairs per forward and rank [8; mini 32; ours]")
     add("--micro_tokens", type=count, default=16384, help="their tokens at most [16384, ours]")
     add("--epochs", type=count, default=1, help="[1, App. B]")
     add("--max_steps", type=count, help="[all of the epochs']")

@@ -9,7 +9,8 @@ writes config.json, metrics.csv, eval.csv, final.csv, discriminators.pt, state/ 
 --out_dir.
 
 Latents are hidden states of a model's last layer, after the final norm. A critic is one of the two
-discriminators. Shapes, in all files:
+discriminators. `run`, the first argument of many functions, is what build() returns. [choice k] is
+row k of docs/choices.md. Shapes, in all files:
 
     B   pairs of a step on all ranks        H   hidden size of the model
     b   pairs of a micro-batch or rank      D   width of a discriminator
@@ -87,13 +88,14 @@ FINAL_PROMPTS, FINAL_TEMPERATURES = 1000, (0.0, 0.7, 1.0)  # of the miniature's 
 
 
 def train_step(run, batches: Iterable[Packed], step: int) -> dict[str, float]:
-    """One step of Algorithm 1; returns the metrics of the global batch.
+    """One step of Algorithm 1: updates critics and policy; returns the global batch's metrics.
 
     batches are this rank's micro-batches of the step. step counts from 0. Everything that depends
     on the whole batch (means of scores, adversarial losses) is computed from the scores of all
     ranks and micro-batches. The rest are means over pairs. So the result does not depend on how the
     batch is divided [choice 5]. With critics the graphs of all micro-batches are kept until the
-    critics have been updated; without them each micro-batch goes backward at once.
+    critics have been updated; without them each micro-batch goes backward at once. Raises
+    FloatingPointError before the policy's update if a metric is not finite.
     """
     args = run.args
     factor = schedule(step, run.max_steps, args.warmup)
@@ -140,8 +142,9 @@ def train_step(run, batches: Iterable[Packed], step: int) -> dict[str, float]:
 def two_models(run, batch: Packed, head_hook: Callable | None = None):
     """Lines 7-10: runs policy and reference on a micro-batch.
 
-    Returns LogProbs and the latents of both, (T, H) each; the reference's are None where there is
-    none. head_hook is called with the gradient that the log-probabilities send to the latents.
+    Returns LogProbs, h_theta (T, H) and h_ref (T, H); h_ref is None without a reference. In
+    backward, head_hook is called with the gradient (T, H) that the log-probabilities send to
+    h_theta.
     """
     h_ref, ref_logp = None, (None, None)
     if run.ref:
@@ -153,12 +156,12 @@ def two_models(run, batch: Packed, head_hook: Callable | None = None):
 
 
 def forward_pairs(run, batch: Packed) -> SimpleNamespace:
-    """Lines 7-10 on one micro-batch; returns what the rest of the step needs of it, with graphs.
+    """Lines 7-10 on one micro-batch; returns a namespace with what the rest of the step needs.
 
-    losses     (b,) the preference loss of each pair
+    losses     (b,) the preference loss of each pair, with graph
     h, h_ref   (N, L, H) latents of policy (with graph) and reference, and mask (N, L)
     distances  (b,) with --critic mse the fixed distance of Table 3; otherwise 0
-    per_pair   name to (b,), without graphs: what becomes metrics of the step
+    per_pair   a dict of (b,) tensors without graphs, by metric; hooks add more in backward
 
     Without a reference there are no latents. Raises InputError if --loss does not give one value
     per pair.
@@ -169,7 +172,7 @@ def forward_pairs(run, batch: Packed) -> SimpleNamespace:
     out = SimpleNamespace(losses=run.opo_loss(lp), per_pair=per_pair)
     if out.losses.shape != lp.logp_chosen.shape:  # a mean, say, would be divided by B once more
         shape = [*out.losses.shape]
-        raise InputError(f"--loss {args.loss}: shape {shape}, not one value per pair")
+        raise InputError(f"--loss {args.loss} gave shape {shape}, not one value per pair")
     chosen, rejected = (x.detach() for x in logged_rewards(lp, *run.of_rewards))
     per_pair |= {
         "loss_opo": out.losses.detach(),
@@ -195,9 +198,9 @@ def forward_pairs(run, batch: Packed) -> SimpleNamespace:
 
 
 def own_scores(run, h: Tensor, mask: Tensor) -> Tensor:
-    """Returns scores (2, b): disc_pos's of chosen answers and disc_neg's of rejected ones.
+    """Returns scores (2, b): disc_pos's of the first b texts and disc_neg's of the last b.
 
-    h is (N, L, H), mask (N, L). With --checkpointing the critics keep only their inputs, too.
+    h is (N, L, H), mask (N, L). With --checkpointing the critics keep only their inputs.
     """
     pos, neg = mask.chunk(2)
     inputs = ("disc_pos", h[: len(pos)], pos), ("disc_neg", h[len(pos) :], neg)
@@ -212,8 +215,8 @@ def own_scores(run, h: Tensor, mask: Tensor) -> Tensor:
 def quad_scores(run, h_ref: Tensor, h_theta: Tensor, mask: Tensor) -> Tensor:
     """Line 12: returns, for each critic, s_ref, s_theta and s_other, (2, 3, b).
 
-    Latents are (N, L, H). s_other are the scores of the reference's latents of the opposite sign:
-    disc_pos scores those of rejected answers.
+    Latents are (N, L, H). s_other are the scores of the reference's latents of the pair's other
+    answer: disc_pos scores those of rejected answers.
     """
     b = len(mask) // 2
     h_other, other_mask = h_ref.roll(b, 0), mask.roll(b, 0)
@@ -223,11 +226,11 @@ def quad_scores(run, h_ref: Tensor, h_theta: Tensor, mask: Tensor) -> Tensor:
 
 
 def update_discriminators(run, kept: list, step: int) -> dict[str, Tensor]:
-    """Lines 11-19: scores, running means, Eq 19 and 20, and one update of both discriminators.
+    """Lines 11-19: updates the running means and, every --disc_every steps, both discriminators.
 
-    kept holds what forward_pairs returned for each micro-batch. The latents are detached, so no
-    gradient reaches the policy. The losses are those of the global batch. Returns metrics of the
-    global batch; adds those of each pair to out.per_pair.
+    kept holds what forward_pairs returned for each micro-batch; metrics of each pair are added to
+    its per_pair. The latents are detached, so no gradient reaches the policy. Returns the global
+    batch's d_ra, loss_disc_pos, loss_disc_neg (Eq 19, 20) and, after an update, disc_grad_norm.
     """
     args, metrics, losses = run.args, {"d_ra": 4 * LN2}, 0  # the constant of Eq 13 [choice 13]
     scores = []
@@ -271,10 +274,10 @@ def adversarial_loss(run, kept: list) -> Tensor:
 
 
 def backward(run, loss_opo: Tensor, loss_adv: Tensor):
-    """Line 23: adds the gradient of L_OPO + lambda L_adv to the policy's weights.
+    """Line 23: adds the gradient of L_OPO + lambda L_adv to the .grad of the policy's weights.
 
-    Both arguments hold this rank's part of the gradient. FSDP2 averages gradients over ranks where
-    the parts have to be summed, so the loss is multiplied by the number of ranks.
+    Both arguments hold this rank's part of the gradient. The parts have to be summed, but FSDP2
+    averages over ranks, so the loss is multiplied by the number of ranks.
     """
     lambda_adv = run.args.lambda_adv
     loss = loss_opo + lambda_adv * loss_adv if lambda_adv > 0 else loss_opo
@@ -304,8 +307,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float):
 def check_input(args, device: torch.device):
     """Checks everything that can be refused before a weight is read.
 
-    Returns tokenizer, config, data and held-out data (None without --eval_every). Raises
-    InputError. Nothing here communicates between ranks.
+    Returns the tokenizer, the policy's config, the data, and the held-out data or None without
+    --eval_every. Raises InputError. Nothing here communicates between ranks.
     """
     check_out_dir(args)
     if (
@@ -313,14 +316,14 @@ def check_input(args, device: torch.device):
         and torch.cuda.is_available()
         and not torch.cuda.is_bf16_supported()
     ):
-        raise InputError("--dtype bfloat16: this GPU cannot; pass --dtype float32")
+        raise InputError("--dtype bfloat16: this GPU does not support it; pass --dtype float32")
     distributed.check_batch_size(args.batch_size)
     config = read_model_config(args.model, args.max_length)
     ref_config = read_model_config(args.ref_model, args.max_length, "--ref_model")
     tokenizer = read_tokenizer(args.model, args.chat_template)
     for c in (config, ref_config):
         attention.choose(args.attention, c, device, DTYPES[args.dtype])
-    if args.lambda_adv > 0 and config.hidden_size != ref_config.hidden_size:
+    if needs_reference(args) and config.hidden_size != ref_config.hidden_size:
         sizes = f"{config.hidden_size}, of the reference {ref_config.hidden_size}"
         raise InputError(f"hidden size of the policy {sizes}: their latents cannot be compared")
     data = load_pairs(args.dataset, args.split, tokenizer, args.max_length, print0)
@@ -328,16 +331,19 @@ def check_input(args, device: torch.device):
         fewer = f"fewer pairs than --batch_size {args.batch_size}"
         raise InputError(f"{args.dataset}: {fewer}: {data.summary()}")
     largest = max(int(ids.max()) for t in data.triplets for ids in t[:3])
-    if largest >= min(config.vocab_size, ref_config.vocab_size):
-        raise InputError(f"token id {largest} is beyond the model's {config.vocab_size}")
+    limit = min(config.vocab_size, ref_config.vocab_size)
+    if largest >= limit:
+        raise InputError(
+            f"token id {largest} is beyond the vocabulary of policy and reference, {limit} tokens"
+        )
     held_out = load_held_out(args, tokenizer, args.max_length, print0) if args.eval_every else None
     return tokenizer, config, data, held_out
 
 
 def plan(args, data: PreferenceData, device: torch.device) -> Survey:
-    """Returns how an epoch's steps are divided into forwards; prints the least memory.
+    """Returns the Survey of the first epoch; prints the memory that a rank needs at least.
 
-    Raises InputError if that memory is not there.
+    Raises InputError if less than that is available.
     """
     epoch = (pairs_of(data, step, args) for step in range(data.steps(args.batch_size)))
     plans = survey(epoch, args, dist.get_world_size())
@@ -361,12 +367,12 @@ def build(args, config: PretrainedConfig, device: torch.device) -> SimpleNamespa
 
     Returns `run`, which the functions of this file share:
 
-    args, device, rank, world, max_steps and signals (set in train)
+    args, device, rank and world; train adds max_steps and signals
     policy, ref         policy.PackedLM, sharded; ref may be None
     critics             ModuleDict of disc_pos and disc_neg, or None
     optimizer, critic_optimizer, and trained, which holds all that a state saves
     opo_loss            the preference loss as a function of LogProbs
-    of_rewards          the arguments of losses.logged_rewards
+    of_rewards          needs_ref and beta, for losses.logged_rewards
     autocast            opens the autocast of the critics
     """
     dtype, run = DTYPES[args.dtype], SimpleNamespace(args=args, device=device)
@@ -434,12 +440,15 @@ def check_start(run, batch: Packed):
     ]
     if bad:
         raise FloatingPointError(
-            f"policy and reference, one model, differ at the start: {', '.join(bad)}"
+            f"policy and reference are one model, but they differ at the start: {', '.join(bad)}"
         )
 
 
 def begin(run, out_dir: Path, data: PreferenceData) -> int:
-    """Loads the newest state or checks the start; returns the number of finished steps."""
+    """Loads the newest state or checks the start; returns the number of finished steps.
+
+    Raises InputError if all states are damaged, and FloatingPointError as check_start does.
+    """
     args, start = run.args, 0
     if args.resume:
         manifest = newest_state(out_dir)
@@ -447,13 +456,13 @@ def begin(run, out_dir: Path, data: PreferenceData) -> int:
             start = manifest["step"]
             load_state(out_dir, manifest, run.trained)
         elif any(Path(out_dir, "state").glob("step-*")):
-            raise InputError(f"{out_dir}: no state is whole; remove its state/ to begin anew")
+            raise InputError(f"{out_dir}: every state is damaged; remove its state/ to begin anew")
         print0(f"resumed after step {start}")
     if start == 0 and run.ref and args.ref_model == args.model:
         check_start(run, next(micro_batches(run, data, 0)))
         print0("checked: policy and reference agree before the first step")
     elif start == 0:
-        print0("not checked before the first step: no reference, or another model")
+        print0("policy and reference not compared: there is no reference, or it is another model")
     return start
 
 
@@ -461,13 +470,13 @@ def begin(run, out_dir: Path, data: PreferenceData) -> int:
 
 
 def pairs_of(data: PreferenceData, step: int, args) -> list[Triplet]:
-    """Lines 5-6: returns the pairs of a step, on all ranks."""
+    """Lines 5-6: returns the B pairs of a step, those of all ranks."""
     order = batch_indices(step, len(data.triplets), args.batch_size, args.seed)
     return [data.triplets[i] for i in order]
 
 
 def my_forwards(run, pairs: list[Triplet]) -> list[list[Triplet]]:
-    """Returns this rank's pairs, forward by forward; every rank has as many forwards."""
+    """Returns this rank's pairs, forward by forward; all ranks have equally many forwards."""
     args = run.args
     forwards = plan_forwards(pairs, run.world, args.micro_batch_size, args.micro_tokens)
     return [forward[run.rank] for forward in forwards]
@@ -481,9 +490,9 @@ def micro_batches(run, data: PreferenceData, step: int) -> Iterator[Packed]:
 
 @torch.no_grad()
 def evaluate(run, triplets: list[Triplet], to_the_end: bool) -> dict | None:
-    """Returns loss, accuracy and margin of held-out pairs under --loss: exact means over all pairs.
+    """Returns loss, accuracy, margin (exact means over held-out pairs) and the number of pairs.
 
-    A signal ends the evaluation, unless to_the_end; then None is returned.
+    Unless to_the_end, a signal ends the evaluation early and the result is None.
     """
     totals = torch.zeros(4, dtype=torch.float64, device=run.device)
     for mine in my_forwards(run, triplets):
@@ -506,7 +515,7 @@ def evaluate(run, triplets: list[Triplet], to_the_end: bool) -> dict | None:
 
 
 def final_table(run, out_dir: Path):
-    """Examines reference and trained policy on the miniature's held-out prompts: final.csv."""
+    """Writes and prints final.csv: reference and policy on the miniature's held-out prompts."""
     from miniature import world  # imported only where it is used
 
     args, rows = run.args, []
@@ -554,7 +563,7 @@ def train(args, argv: list[str], stack: ExitStack, device: torch.device) -> bool
     metrics_csv = report.Table(out_dir / "metrics.csv", report.COLUMNS, start)
     eval_csv = report.Table(out_dir / "eval.csv", report.EVAL_COLUMNS, start)
 
-    def is_due(done):  # a run that is only interrupted, by --stop_after, has no row at that step
+    def is_due(done):  # no row where only --stop_after ends the run
         return args.eval_every and (done % args.eval_every == 0 or done == max_steps)
 
     def evaluate_held_out(done):
@@ -597,7 +606,7 @@ def train(args, argv: list[str], stack: ExitStack, device: torch.device) -> bool
 
 
 def resume_command(argv: list[str], out_dir: Path) -> str:
-    """Returns the command that continues this run."""
+    """Returns the program and its arguments that continue this run."""
     rest = [word for word in argv if word != "--resume"]
     if not any(word.startswith("--out_dir") for word in rest):
         rest += ["--out_dir", str(out_dir)]

@@ -326,7 +326,7 @@ def test_a_line_of_a_megabyte_and_nul_bytes_train(tiny_world, tmp_path):
 def test_token_ids_and_latents_that_do_not_fit_are_refused(tiny_world, tmp_path):
     for name, changes in (("small", {"vocab_size": 100}), ("wide", {"hidden_size": 64})):
         make_model(tmp_path / name, **changes)
-    with pytest.raises(SystemExit, match="beyond the model's 100"):
+    with pytest.raises(SystemExit, match="beyond the vocabulary .*, 100 tokens"):
         train_ganpo.main(flags(tiny_world, tmp_path / "r", f"--model={tmp_path / 'small'}"))
     with pytest.raises(SystemExit, match="hidden size of the policy 32, of the reference 64"):
         train_ganpo.main(flags(tiny_world, tmp_path / "r", f"--ref_model={tmp_path / 'wide'}"))

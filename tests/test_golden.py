@@ -5,7 +5,9 @@ python tests/test_golden.py        # writes data/golden.csv anew
 """
 
 import csv
+import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -14,6 +16,7 @@ if __name__ == "__main__":  # pytest has these folders on its path
     sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 0)]
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -43,6 +46,20 @@ def test_ten_steps_follow_the_committed_trajectory(tmp_path):
     assert len(golden) == 10 and golden[-1]["loss_opo"] < golden[0]["loss_opo"] - 0.05
     for a, b in zip(golden, found, strict=True):
         close(a, {k: v for k, v in b.items() if k in a}, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instructions", ["avx2", "default"])
+def test_another_cpu_model_follows_the_same_trajectory(instructions):
+    """The libraries' code for older CPUs adds products in another order."""
+    mkl = {"avx2": "AVX2", "default": "SSE4_2"}[instructions]
+    older = {"ATEN_CPU_CAPABILITY": instructions, "MKL_ENABLE_INSTRUCTIONS": mkl}
+    command = "import torch; print(torch.backends.cpu.get_cpu_capability())"
+    said = subprocess.check_output([sys.executable, "-c", command], env=os.environ | older)
+    assert said.decode().strip().lower() == instructions
+    name = f"{__file__}::{test_ten_steps_follow_the_committed_trajectory.__name__}"
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", name]
+    subprocess.run(command, env=os.environ | older, check=True, cwd=Path(__file__).parents[1])
 
 
 def write_golden():

@@ -282,7 +282,7 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(
     assert states(out) == ["step-000004", "step-000005"]
     for folder in (out / "state").iterdir():
         harm(folder)
-    with pytest.raises(SystemExit, match="no state is whole; remove its state/ to begin anew"):
+    with pytest.raises(SystemExit, match="every state is damaged; remove its state/ to begin anew"):
         train_ganpo.main(flags(tiny_world, out, *more, "--resume"))
 
 

@@ -638,7 +638,7 @@ def test_what_is_not_finite_is_named_with_its_rows_or_with_all_of_the_step():
 ])  # fmt: skip
 def test_a_loss_that_is_no_value_per_pair_is_refused(wrong, tiny_world, tmp_path, monkeypatch):
     monkeypatch.setitem(OPO_LOSSES, "wrong", PreferenceLoss(wrong, True, {}))
-    with pytest.raises(SystemExit, match="--loss wrong: shape .*, not one value per pair"):
+    with pytest.raises(SystemExit, match="--loss wrong gave shape .*, not one value per pair"):
         train_ganpo.main(flags(tiny_world, tmp_path / "r", "--loss=wrong"))
 
 
