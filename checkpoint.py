@@ -58,9 +58,15 @@ def check_out_dir(args) -> Path:
     taken = any((folder / f).exists() for f in ("config.json", "metrics.csv", "state"))
     if taken and not args.resume:
         raise InputError(f"{folder} holds a run: pass --resume, or another --out_dir")
+    check_writable(folder, "--out_dir")
+    return folder
+
+
+def check_writable(folder: Path, flag: str):
+    """Raises InputError, which names flag, if no file can be written to a folder, new or not."""
     nearest = next(f for f in (folder, *folder.absolute().parents) if f.exists())
-    with input_error_for(f"--out_dir {folder}"), tempfile.TemporaryFile(dir=nearest):
-        return folder
+    with input_error_for(f"{flag} {folder}"), tempfile.TemporaryFile(dir=nearest):
+        pass
 
 
 def claim_out_dir(args, stack: ExitStack) -> Path:

@@ -161,10 +161,10 @@ def json_lines(rows: Iterable[dict]) -> str:
 
 
 def read_with_datasets(source: str, split: str) -> Sequence[dict]:
-    """Returns the rows of a folder or Hub id; raises InputError if there are none."""
+    """Returns the rows of a folder or Hub id; raises InputError without such data or split."""
     import datasets  # takes two seconds to import, so only where it is needed
 
-    with input_error_for(f"{source}: neither a file here nor a data set"):
+    with input_error_for(f"{source}: is no file here and cannot be loaded as a data set"):
         if Path(source, "dataset_dict.json").is_file() or Path(source, "state.json").is_file():
             found = datasets.load_from_disk(source)
         else:
@@ -308,7 +308,7 @@ class ChatEncoder:
         self.folds_system = not self.takes_system_turn()
 
     def template(self, messages: list[dict], generation_prompt: bool = False) -> list[int]:
-        """Returns what the template makes of messages; the prompt for an answer may follow."""
+        """Returns the ids of messages, with generation_prompt followed by the assistant header."""
         return self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=generation_prompt, tokenize=True, return_dict=False
         )
@@ -322,9 +322,9 @@ class ChatEncoder:
             return False
 
     def find_end_of_turn(self):
-        """Finds the special token that the template puts after an answer, and what follows it.
+        """Sets end_of_turn, the special token after an answer; tail, the ids after it; append_eos.
 
-        A line feed follows it in some templates. Where the template puts no such token, the
+        The tail is a line feed in some templates. Where the template puts no such token, the
         tokenizer's EOS is added; without it a model would never learn to stop.
         """
         user = user_chat("u")
@@ -358,8 +358,7 @@ class ChatEncoder:
         return self.answer_ids(messages, answer) + self.tail
 
     def plain(self, text: str) -> str:
-        """Returns a model's text without special tokens that it spells out: they would end its
-        turn."""
+        """Returns a text without spelled-out special tokens, which would become real ones."""
         return self.special_text.sub("", text)
 
     def with_bos(self, ids: list[int]) -> list[int]:
@@ -382,7 +381,7 @@ class ChatEncoder:
         row: int,
         notes: Counter,
     ) -> Triplet:
-        """Returns the ids of a pair; prompt and answer have at most max_length tokens together.
+        """Returns the ids of a pair; an answer is cut where it and the prompt exceed max_length.
 
         notes counts what was noticed. Raises RowFault if the pair cannot be encoded, and TooLong
         if nothing that tells the answers apart is left.
@@ -432,7 +431,7 @@ def load_pairs(
     max_length: int,
     log: Callable = lambda line: None,
 ) -> PreferenceData:
-    """Returns the pairs of a data set as token ids; prompt and answer have at most max_length.
+    """Returns the pairs of a data set; prompt and answer have at most max_length tokens.
 
     source and split are those of read_rows. log(line) is told the progress. Raises InputError if
     the source cannot be used, or if more than 1 % of its rows are malformed.
@@ -461,7 +460,7 @@ def load_pairs(
         raise InputError(
             f"{source}: {faults.total()} of {len(rows)} rows are malformed, more than "
             f"{MALFORMED_LIMIT:.0%}: {counts(faults)}; the first of each, from 0:"
-            f" {', '.join(f'{reason} {i}' for reason, i in first_row.items())}; {ACCEPTED}"
+            f" {', '.join(f'{reason} in row {i}' for reason, i in first_row.items())}; {ACCEPTED}"
         )
     digest = hashlib.sha256()
     for ids in (ids for t in triplets for ids in t[:3]):

@@ -232,13 +232,18 @@ def critic_settings(args, hidden_size: int) -> dict:
     }
 
 
+def trains_critics(args) -> bool:
+    """Returns whether the settings need a critic that is trained."""
+    return args.lambda_adv > 0 and args.critic != "mse"
+
+
 def build_critics(args, hidden_size: int) -> nn.ModuleDict | None:
     """Returns disc_pos and disc_neg, or None where the settings need no trained critic.
 
     The critics are small, so every rank has whole copies, built alike from --seed. The CPU's random
     generator is left as it was, so that what follows is the same with and without critics.
     """
-    if args.lambda_adv == 0 or args.critic == "mse":
+    if not trains_critics(args):
         return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)

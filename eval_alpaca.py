@@ -44,7 +44,7 @@ from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import distributed
-from checkpoint import load_discriminators, sha256, write_synced
+from checkpoint import check_writable, load_discriminators, sha256, write_synced
 from data import (
     ChatEncoder,
     InputError,
@@ -61,6 +61,7 @@ from flags import (
     at_least_0,
     count,
     fraction,
+    given_flags,
     natural,
     positive,
     refuse,
@@ -74,6 +75,7 @@ from settings import build_miniature, is_miniature
 from winrate import length_controlled, summary, table
 
 JUDGES = ("mini", "rm", "annotations", "ifeval", "gpt4")
+OF_ANNOTATIONS = {"judge", "annotations", "alpaca_data", "timeout", "out"}  # the flags it uses
 ALPACA, ALPACA_N = "tatsu-lab/alpaca_eval", 805  # AlpacaEval's data set, and its instructions
 BASELINE_FILE = "alpaca_eval_gpt4_baseline.json"
 LEAST_ROOM = 32  # tokens of a prompt beside --max_new_tokens
@@ -106,8 +108,9 @@ def check_outputs(
 ):
     """Raises InputError unless rows are a whole outputs file.
 
-    Every row needs instruction, output and generator, and no instruction may occur twice. With
-    `instructions` the rows have to be those of these instructions in their order.
+    Every row needs instruction, output (not empty, unless empty_ok) and generator, and no
+    instruction may occur twice. With `instructions` the rows have to be those of these instructions
+    in their order.
     """
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{source}: no list of outputs")
@@ -264,7 +267,8 @@ class Writer:
     def earlier(self, path: Path, settings: dict) -> list[dict]:
         """Returns the rows that an interrupted command has left in path, whole prompts only.
 
-        If there is no such file, writes the file of settings beside it.
+        Rewrites path with these rows. If there is no such file, writes the file of settings beside
+        it. Raises InputError if its settings differ.
         """
         rows = []
         if path.exists():
@@ -352,7 +356,8 @@ def task_of(prompt: Prompt):
 class IFEval:
     """The official checks of IFEval (arXiv 2311.07911), as lm_eval ships them.
 
-    A check whose own data cannot be loaded is skipped for all answers; the program says which.
+    strict and loose are 1 if all checks are passed; score is the share of checks passed strictly. A
+    check whose own data cannot be loaded is skipped for all answers; the program says which.
     Raises InputError if lm_eval is not installed or the prompts do not name their checks.
     """
 
@@ -361,7 +366,7 @@ class IFEval:
             from lm_eval.tasks.ifeval import utils
         except ImportError as error:
             raise InputError(
-                f"--judge ifeval: pip install 'lm_eval[ifeval]' ({first_line(error)})"
+                f"--judge ifeval needs lm_eval: pip install 'lm_eval[ifeval]' ({first_line(error)})"
             ) from None
         self.utils, self.skipped = utils, {}
         for p in prompts:
@@ -406,7 +411,8 @@ class IFEval:
 class Critics:
     """Scores answers by both discriminators of a run, on the latents of the model that wrote them.
 
-    Raises InputError if the file is not one of discriminators or does not fit the model.
+    Called as a judge; each row has critic_pos and critic_neg. Raises InputError if the file is not
+    one of discriminators or does not fit the model.
     """
 
     def __init__(self, path: str, writer: Writer):
@@ -418,7 +424,9 @@ class Critics:
         except Exception:  # torch's message advises to load such a file without its safeguards
             raise InputError(f"{where}: not a whole file of discriminators") from None
         if getattr(self.critics["disc_pos"], "differences", False):
-            raise InputError(f"{where}: these critics score h - h_ref, and here is no reference")
+            raise InputError(
+                f"{where}: these critics read h - h_ref, and this program loads no reference"
+            )
         size, own = self.critics["disc_pos"].project_in.in_features, writer.config.hidden_size
         if size != own:
             raise InputError(f"{where}: for latents of size {size}; those of the model have {own}")
@@ -512,6 +520,7 @@ def check_input(args, device: torch.device) -> SimpleNamespace:
     critics   Critics of --score_discriminators, or None
     room      tokens that a prompt may have
     """
+    check_writable(Path(args.out), "--out")
     prompts = read_prompts(args)
     writer = Writer(args.model, "--model", args, device)
     positions = writer.config.max_position_embeddings
@@ -601,7 +610,7 @@ def evaluate(args, device: torch.device) -> tuple[list[dict], list[dict]]:
     lengths = [len(writer.encoder.prompt_ids(user_chat(p.instruction))) for p in prompts]
     if cut := sum(n > inputs.room for n in lengths):
         longer = f"{cut} of {len(prompts)} prompts are longer than {inputs.room} tokens"
-        print0(f"{longer}: cut in the middle")
+        print0(f"{longer}; the middle of these is left out")
     out = Path(args.out)
     distributed.from_rank_0(lambda: out.mkdir(parents=True, exist_ok=True), "--out")
     results, scores, settings = [], [], {"model": args.model, "baseline": args.baseline}
@@ -616,7 +625,7 @@ def evaluate(args, device: torch.device) -> tuple[list[dict], list[dict]]:
         scores += [{"temperature": temperature} | row for row in rows]
         if args.judge == "gpt4":
             command = gpt4_command(args, out, temperature)
-            print0(f"to be run elsewhere, with an OpenAI key: {command}")
+            print0(f"run this where there is an OpenAI key: {command}")
     return results, scores
 
 
@@ -674,9 +683,13 @@ def parse_args(argv: list[str]):
     if args.judge == "annotations":
         if not args.annotations:
             raise InputError("--judge annotations needs --annotations FILE")
+        if useless := sorted(given_flags(argv) - OF_ANNOTATIONS):
+            raise InputError(f"--judge annotations does not use --{', --'.join(useless)}")
         name = re.sub(r"\.jsonl?(\.gz)?$", "", Path(args.annotations).name)
         args.out = args.out or f"out/annotations-{name}"
         return args
+    if args.annotations:
+        raise InputError(f"--judge {args.judge} does not use --annotations")
     if not args.model:
         raise InputError("--model is needed")
     if args.judge == "rm" and not args.reward_model:
@@ -684,7 +697,7 @@ def parse_args(argv: list[str]):
     if args.judge == "gpt4" and args.prompts != "alpaca_eval":
         raise InputError("--judge gpt4 needs --prompts alpaca_eval")
     if len(set(args.temperatures)) < len(args.temperatures):
-        raise InputError("--temperatures: one occurs twice")
+        raise InputError("--temperatures: a value is given twice")
     args.dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     if not args.out:
         folder = Path(args.model)

@@ -16,7 +16,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 
 def world_folder(seed: int, root: str | Path = "out/mini") -> Path:
-    """Returns the folder of one world of the miniature; miniature/world.py builds it."""
+    """Returns the folder of a world of the miniature: a seed's data and reference model."""
     return Path(root) / f"seed{seed}"
 
 
@@ -31,7 +31,7 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not a valid {kind.__name__}") from None
         # `not (low <= value)` is also true for nan
         if not low <= value <= high or value == math.inf or above and value == low:
             left, right = "(" if above else "[", ")" if high == math.inf else "]"
@@ -66,7 +66,7 @@ def given_flags(argv: list[str]) -> set[str]:
 
 
 def refuse(program: str, error: Exception):
-    """Ends a program that cannot go on, with one line. All ranks find such errors; one prints."""
+    """Ends the program with exit status 1; rank 0 prints one line. All ranks find such errors."""
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(f"{program}: {error}" if os.environ.get("RANK", "0") == "0" else 1)

@@ -6,9 +6,9 @@
     answers[0].text
 
 The randomness of an answer is one uniform number per position. It depends on seed, prompt and
-sample number alone, so neither the batch size nor the other prompts change an answer. (Only where
-two tokens are nearly tied can the last bits of the logits decide, in float32 on a CPU.) Two models,
-or two temperatures, meet the same randomness, which makes their comparison sharper.
+sample number alone, so neither the batch size nor the other prompts change an answer. (The last
+bits of the logits depend on them, which can change an answer where two tokens are nearly tied.) Two
+models, or two temperatures, meet the same randomness, which makes their comparison sharper.
 """
 
 import cpu  # noqa: F401  must come before torch
@@ -96,7 +96,7 @@ def generate(
     top_p: float = 1.0,
     log: Callable | None = None,
 ) -> list[Answer]:
-    """Returns `samples` answers of a Hugging Face causal LM to each conversation, in order.
+    """Returns one list: `samples` answers to the first conversation, then to the second, ...
 
     conversations end with a user's turn. temperature, top_k and top_p are those of pick. log(line)
     is told the progress every few seconds. Raises InputError if an answer could run past the

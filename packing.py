@@ -121,7 +121,6 @@ class Packed(NamedTuple):
     mask: Tensor  # (N, L) True where gather holds a real token
     lengths: Tensor  # (N,) response tokens
     rows: tuple  # the pairs' row numbers in the data set, from 0
-    real_tokens: int  # 2 * prompt + chosen + rejected, summed: what every tokens/s counts
 
     def to(self, device: torch.device):
         """Returns the same batch with its tensors on a device."""
@@ -170,5 +169,4 @@ def pack(triplets: list[Triplet]) -> Packed:
         mask=torch.from_numpy(mask),
         lengths=long(lengths),
         rows=tuple(t.row for t in triplets),
-        real_tokens=int(mask.sum()),
     )

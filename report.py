@@ -62,8 +62,9 @@ def squares_hook(per_pair: dict, name: str, batch: Packed) -> Callable:
 def alignment_hook(per_pair: dict, towards_reference: Tensor, batch: Packed) -> Callable:
     """Returns a gradient hook that stores how well the push on the latents is aligned.
 
-    The push is -gradient, (T, H); towards_reference is h_ref - h_theta, (T, H). Stored for each
-    pair: the sum over its tokens of the two vectors' cosine, and the number of its tokens.
+    The push is -gradient, (T, H); towards_reference is h_ref - h_theta, (T, H). For each pair the
+    sum over its tokens of the two vectors' cosine becomes per_pair["adv_align"], and the number of
+    its tokens per_pair["adv_tokens"], (b,) each.
     """
     of_chosen = batch.mask.sum(1)[: len(batch.rows)]  # prompt and chosen answer
     per_pair["adv_tokens"] = of_chosen + batch.lengths[len(batch.rows) :]
@@ -124,7 +125,7 @@ def refuse_what_is_not_finite(m: dict[str, float], of_pairs: np.ndarray, step: i
             bad = ~np.isfinite(of_pairs[:, :-1]).all(1)
             rows = of_pairs[bad if bad.any() else slice(None), -1]
             raise FloatingPointError(
-                f"step {step + 1}: {name} is {value}; the step was not taken; rows of the data"
+                f"step {step + 1}: {name} is {value}; the policy was not updated; rows of the data"
                 f" (from 0): {', '.join(str(int(row)) for row in sorted(rows))}"
             )
 
@@ -150,7 +151,7 @@ class Table:
     """A csv file to which rows are added.
 
     Opened again after `step` finished steps, it keeps the rows of those steps and goes on after
-    them. Rank 0 writes; on the other ranks nothing happens.
+    them; with step 0 it starts empty. Rank 0 writes; on the other ranks nothing happens.
     """
 
     def __init__(self, path: Path, columns: list[str], step: int = 0):
@@ -194,7 +195,7 @@ def read_table(path: Path) -> list[dict[str, float]]:
 
 
 def log_line(m: dict, max_steps: int, seconds_left: float) -> str:
-    """Returns one step's line, of fixed width; '-' stands where a setting has no such value."""
+    """Returns one step's line, of fixed width, with '-' for values that these settings lack."""
 
     def show(name, spec):
         return format(m[name], spec) if name in m else "-".rjust(len(format(0.0, spec)))
@@ -250,15 +251,14 @@ def print_header(
     preset = parse_args([f"--preset={args.preset}"])
     own = [f"{k}={v}" for k, v in vars(args).items() if v != getattr(preset, k) and k != "out_dir"]
     print0(f"preset {' '.join([args.preset, *own])}; all settings: {args.out_dir}/config.json")
-    if unused := unused_flags(args, argv):
-        reason = "--lambda_adv 0" if args.lambda_adv == 0 else f"--critic {args.critic}"
+    for reason, unused in unused_flags(args, argv).items():
         print0(f"not used with {reason}: {', '.join(unused)}")
     forwards = f"{survey.fewest}"
     if survey.fewest != survey.most:
         forwards += f" to {survey.most}"
     ranks = f"{run.world} rank(s)"
     if run.world > 1:
-        ranks += f" (the busiest {survey.imbalance:.1%} above their mean)"
+        ranks += f" (the busiest has {survey.imbalance:.1%} more tokens than the mean)"
     print0(
         f"{args.batch_size} pairs/step = {ranks} x {forwards} forward(s) of up to"
         f" {args.micro_batch_size} pairs, {args.micro_tokens:,} tokens; {len(data.triplets)} pairs"

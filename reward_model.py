@@ -102,9 +102,9 @@ def read_reward_model(name: str, flag: str = "--reward_model") -> tuple:
         encoder = ChatEncoder(tokenizer)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if not any("SequenceClassification" in a for a in config.architectures or ()):
-            raise InputError("no reward model (no AutoModelForSequenceClassification)")
+            raise InputError("not a reward model: it is no AutoModelForSequenceClassification")
         if config.num_labels != 1:
-            raise InputError(f"no reward model ({config.num_labels} labels, not one)")
+            raise InputError(f"not a reward model: it has {config.num_labels} labels, not one")
     return encoder, config
 
 
@@ -156,7 +156,7 @@ def hidden_states(model: PreTrainedModel, texts: list[list[int]]) -> tuple[Tenso
 
 
 def with_tail(triplets: list[Triplet], encoder: ChatEncoder) -> list[Triplet]:
-    """Returns triplets whose whole answers have what the template puts after the end of turn.
+    """Returns the triplets with encoder.tail after every answer that has its end of turn.
 
     RewardModel.score reads the same text. An answer that was cut off has no end of turn and stays.
     """
@@ -183,7 +183,8 @@ def fit(
     """Trains a RewardLM for --epochs with AdamW on the mean of pair_loss over the pairs of a step.
 
     pair_loss(chosen (b,), rejected (b,), rows) returns (b,); it is given rewards and the pairs' row
-    numbers. Writes metrics.csv and states to out_dir, and continues from its newest state. Raises
+    numbers. The learning rate is 0 in the first step, rises, and falls as a cosine. Writes
+    metrics.csv and states to out_dir, and continues from its newest state. Raises
     FloatingPointError if loss or gradient is not finite.
     """
     optimizer = torch.optim.AdamW(lm.parameters(), args.lr, weight_decay=0.0, fused=True)
@@ -299,8 +300,8 @@ def parse_args(argv: list[str]):
 def check_input(args) -> tuple:
     """Checks everything that can be refused before a weight is read.
 
-    Returns config, tokenizer, data and held-out data (None without --eval_split). Raises
-    InputError. Nothing here communicates between ranks.
+    Returns the tokenizer, the config, the data, and the held-out data or None without --eval_split,
+    as train_ganpo.check_input does. Raises InputError. Nothing here communicates between ranks.
     """
     check_out_dir(args)
     distributed.check_batch_size(args.batch_size)
@@ -312,7 +313,7 @@ def check_input(args) -> tuple:
         fewer = f"fewer pairs than --batch_size {args.batch_size}"
         raise InputError(f"{args.dataset}: {fewer}: {data.summary()}")
     held_out = load_held_out(args, tokenizer, length, print0) if args.eval_split else None
-    return config, tokenizer, data, held_out
+    return tokenizer, config, data, held_out
 
 
 def learn(
@@ -353,7 +354,7 @@ def train(args, device: torch.device, stack: ExitStack):
     """Runs the program; the stack holds the lock of --out_dir. Raises InputError or
     FloatingPointError with one line for the user."""
     build_miniature(args, check_input)
-    config, tokenizer, data, held_out = check_input(args)
+    tokenizer, config, data, held_out = check_input(args)
     print0(f"data: {data.summary()}")
     steps = args.epochs * data.steps(args.batch_size)
     claim_with_config(args, stack, data.fingerprint, total_steps=steps)

@@ -63,7 +63,7 @@ def flags() -> Parser:
     add("--model", help="the policy, a folder or a Hub id [preset]")
     add("--ref_model", help="the frozen reference [the model, as in DPO]")
     add("--dataset", help="Hub id, folder, or .jsonl/.json/.parquet, also .gz [preset]")
-    add("--split", default="train", help="[train]")
+    add("--split", default="train", help="of --dataset [train]")
     add("--eval_split", help="held-out split or a file of its own [preset; none for own data]")
     add("--chat_template", help="a jinja file [the tokenizer's own]")
     add("--max_length", type=number(int, 2), help="of prompt + response [2048, App. B; mini 256]")
@@ -93,8 +93,9 @@ def flags() -> Parser:
     add("--batch_size", type=count, help="pairs per step over all ranks [128, App. B; mini 32]")
     add("--micro_batch_size", type=count, default=8,
         help="pairs per forward and rank [8; mini 32; ours]")
-    add("--micro_tokens", type=count, default=16384, help="their tokens at most [16384, ours]")
-    add("--epochs", type=count, default=1, help="[1, App. B]")
+    add("--micro_tokens", type=count, default=16384,
+        help="tokens per forward and rank [16384, ours]")
+    add("--epochs", type=count, default=1, help="passes over the data [1, App. B]")
     add("--max_steps", type=count, help="[all of the epochs']")
     add("--stop_after", type=count, help="end after so many steps, schedule unchanged [never]")
     add("--dtype", choices=DTYPES, help="of compute; weights stay float32 [bfloat16; mini float32]")
@@ -105,7 +106,7 @@ def flags() -> Parser:
     add("--save_every", type=natural, help="steps between states, 0: at the end [50; mini 0]")
     add("--keep", type=count, default=2, help="newest states that stay [2]")
     add("--eval_every", type=natural, help="steps between evaluations; 0: none [50; mini 32]")
-    add("--seed", type=natural, default=0, help="[0]")
+    add("--seed", type=natural, default=0, help="of data order, critics, the miniature [0]")
     add("--out_dir", help="[the next free out/run-NNN]")
     add("--resume", action="store_true", help="go on from the newest state of --out_dir [off]")
     add("--timeout", type=positive, default=600, help="seconds to wait for another rank [600]")
@@ -123,7 +124,7 @@ def parse_args(argv: list[str]):
     """Returns all settings; what neither a flag nor the preset says follows from other settings.
 
     Raises InputError for a flag that is wrong, that contradicts another one, or that the chosen
-    loss or critic has no use for.
+    loss or critic does not use.
     """
     parser = flags()
     first = parser.parse_known_args(argv)[0]
@@ -158,28 +159,39 @@ def parse_args(argv: list[str]):
 
 
 def refuse_useless(args, given: set[str]):
-    """Raises InputError for a given flag that the chosen loss or critic has no use for."""
+    """Raises InputError for a given flag that the chosen loss or critic does not use."""
     useless = OF_SCORES if args.critic == "paired" else OF_PAIRED
     if args.critic in DISCRIMINATORS:
         takes = inspect.signature(DISCRIMINATORS[args.critic].__init__).parameters
         useless = useless + [flag for flag, name in OF_CLASS.items() if name not in takes]
     for name in useless:
         if name in given:
-            raise InputError(f"--critic {args.critic} has no use for --{name}")
+            raise InputError(f"--critic {args.critic} does not use --{name}")
     if args.mean == "batch" and "ema_decay" in given:
-        raise InputError("--mean batch has no use for --ema_decay")
+        raise InputError("--mean batch does not use --ema_decay")
     if "gamma_beta_ratio" in given and "gamma_beta_ratio" not in OPO_LOSSES[args.loss].defaults:
-        raise InputError(f"--loss {args.loss} has no use for --gamma_beta_ratio")
+        raise InputError(f"--loss {args.loss} does not use --gamma_beta_ratio")
 
 
-def unused_flags(args, argv: list[str]) -> list[str]:
-    """Returns the given flags of critics that a run without a trained critic does not use.
+def unused_flags(args, argv: list[str]) -> dict[str, list[str]]:
+    """Returns the given flags that this run does not use, by the reason.
 
     They are named and not refused, so that one command line serves GANPO and its baselines.
     """
-    if args.lambda_adv > 0 and args.critic != "mse":
-        return []
-    return [f"--{name}" for name in OF_CRITICS if name in given_flags(argv)]
+    reasons = {
+        "--lambda_adv 0": (args.lambda_adv == 0, ["critic", *OF_CRITICS]),
+        "--critic mse": (args.lambda_adv > 0 and args.critic == "mse", OF_CRITICS),
+        f"--loss {args.loss}": (not needs_reference(args), ["ref_model"]),
+        "--eval_every 0": (args.eval_every == 0, ["eval_split"]),
+        "--max_steps": (args.max_steps is not None, ["epochs"]),
+    }
+    given = given_flags(argv)
+    unused = {
+        reason: [f"--{name}" for name in names if name in given]
+        for reason, (holds, names) in reasons.items()
+        if holds
+    }
+    return {reason: names for reason, names in unused.items() if names}
 
 
 def needs_reference(args) -> bool:
@@ -188,7 +200,7 @@ def needs_reference(args) -> bool:
 
 
 def is_miniature(path: str | None, seed: int) -> bool:
-    """Returns whether a path lies in the miniature's world of that seed."""
+    """Returns whether a path, as it is written, lies directly in world_folder(seed)."""
     return path is not None and Path(path).parent == world_folder(seed)
 
 

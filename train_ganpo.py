@@ -54,7 +54,13 @@ from checkpoint import (
     save_state,
 )
 from data import InputError, PreferenceData, Triplet, load_held_out, load_pairs
-from discriminator import autocast_of, build_critics, critic_settings, step_critics
+from discriminator import (
+    autocast_of,
+    build_critics,
+    critic_settings,
+    step_critics,
+    trains_critics,
+)
 from distributed import all_ranks, print0
 from flags import DTYPES, refuse
 from generate import quiet
@@ -347,8 +353,8 @@ def plan(args, data: PreferenceData, device: torch.device) -> Survey:
     """
     epoch = (pairs_of(data, step, args) for step in range(data.steps(args.batch_size)))
     plans = survey(epoch, args, dist.get_world_size())
-    trained_critic = args.lambda_adv > 0 and args.critic != "mse"
-    alive = plans.heaviest if trained_critic else [plans.longest]  # whose graphs are kept at once
+    # the forwards whose graphs are kept at once
+    alive = plans.heaviest if trains_critics(args) else [plans.longest]
     needed = least_memory(
         args.model,
         args.ref_model if needs_reference(args) else None,

@@ -108,7 +108,7 @@ def test_the_papers_presets_train_a_tiny_model_of_their_family(
     assert len(critics["disc_pos"].layers) == {"gemma2": 2, "llama": 4}[family]
 
 
-USELESS = [  # a loss or critic, and a flag that it has no use for
+USELESS = [  # a loss or critic, and a flag that it does not use
     *(("--critic=paired", f) for f in ("--disc_layers=3", "--disc_dropout=.1", "--mean=batch",
                                        "--ema_decay=.5", "--adv_loss=nonsaturating")),
     *((f"--critic={kind}", flag) for kind in ("transformer", "mlp", "mse")
@@ -120,10 +120,10 @@ USELESS = [  # a loss or critic, and a flag that it has no use for
 
 
 @pytest.mark.parametrize("chosen, useless", USELESS)
-def test_a_flag_that_the_chosen_loss_or_critic_has_no_use_for_is_refused(chosen, useless):
+def test_a_flag_that_the_chosen_loss_or_critic_does_not_use_is_refused(chosen, useless):
     reason, name = chosen.replace("=", " "), useless.split("=")[0]
     for argv in ([chosen, useless], [useless, chosen]):
-        with pytest.raises(InputError, match=f"^{reason} has no use for {name}$"):
+        with pytest.raises(InputError, match=f"^{reason} does not use {name}$"):
             train_ganpo.parse_args(argv)
 
 
@@ -155,6 +155,17 @@ def test_flags_of_critics_are_named_in_the_header_of_a_run_without_one(
     assert "not used with" not in capsys.readouterr().out
 
 
+def test_other_given_flags_that_have_no_effect_are_named_with_the_reason():
+    argv = ["--loss=sft", "--lambda_adv=0", "--critic=mlp", "--ref_model=m", "--max_steps=1"]
+    argv += ["--eval_split=test", "--eval_every=0", "--epochs=3"]
+    assert settings.unused_flags(train_ganpo.parse_args(argv), argv) == {
+        "--lambda_adv 0": ["--critic"],
+        "--loss sft": ["--ref_model"],
+        "--eval_every 0": ["--eval_split"],
+        "--max_steps": ["--epochs"],
+    }
+
+
 # ---------------------------------------------------------------------- bad input
 
 BAD = [  # flags, and what the one line must say
@@ -168,7 +179,7 @@ BAD = [  # flags, and what the one line must say
     (["--ema_decay=1"], "--ema_decay: 1 is not in"),
     (["--warmup=1.5"], "--warmup: 1.5 is not in [0, 1]"),
     (["--batch_size=0"], "--batch_size: 0 is not in [1"),
-    (["--batch_size=2.5"], "--batch_size: '2.5' is no int"),
+    (["--batch_size=2.5"], "--batch_size: '2.5' is not a valid int"),
     (["--batch_size=64"], "fewer pairs than --batch_size 64"),
     (["--dataset=nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (["--split=test"], "no split 'test'; a single file has one, 'train'"),
@@ -250,7 +261,7 @@ FIRST = [  # what a user of the miniature may get wrong; it takes more than a mi
     (["--max_length=3"], "fewer pairs than --batch_size 32: .*prompt leaves no room"),
     (["--split=test"], "no split 'test'; a single file has one, 'train'"),
     (["--attention=flex"], "--attention flex needs a GPU and bfloat16"),
-    (["--critic=paired", "--mean=batch"], "--critic paired has no use for --mean"),
+    (["--critic=paired", "--mean=batch"], "--critic paired does not use --mean"),
 ]
 
 
@@ -273,6 +284,8 @@ OTHERS = [
     (eval_alpaca, ["--model=out/mini/seed0/model", "--max_new_tokens=500"], "--max_new_tokens 500"),
     (eval_alpaca, ["--model=out/mini/seed0/model", "--baseline=bare"], "--baseline bare: a model"),
     (eval_alpaca, ["--model=out/mini/seed0/model", "--chat_template=nowhere"], "--chat_template"),
+    (eval_alpaca, ["--model=out/mini/seed0/model", "--out=good.jsonl/e"], "--out good.jsonl/e: "),
+    (eval_alpaca, ["--model=m", "--annotations=a.json"], "--judge mini does not use --annotations"),
     (train_apo, ["--golden=nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (train_apo, ["--model=bare"], "--model bare: a model folder without weights"),
     (train_apo, ["--held_out=columns.jsonl"], "columns.jsonl: .*text, label; accepted"),
@@ -307,7 +320,7 @@ def test_a_dtype_that_the_gpu_cannot_do_is_refused(tiny_world, tmp_path, monkeyp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     args = train_ganpo.parse_args(flags(tiny_world, tmp_path / "r", "--dtype=bfloat16"))
-    with pytest.raises(ValueError, match="--dtype bfloat16: this GPU cannot"):
+    with pytest.raises(ValueError, match="--dtype bfloat16: this GPU does not"):
         train_ganpo.check_input(args, torch.device("cpu"))
 
 
@@ -326,10 +339,13 @@ def test_a_line_of_a_megabyte_and_nul_bytes_train(tiny_world, tmp_path):
 def test_token_ids_and_latents_that_do_not_fit_are_refused(tiny_world, tmp_path):
     for name, changes in (("small", {"vocab_size": 100}), ("wide", {"hidden_size": 64})):
         make_model(tmp_path / name, **changes)
-    with pytest.raises(SystemExit, match="beyond the vocabulary .*, 100 tokens"):
-        train_ganpo.main(flags(tiny_world, tmp_path / "r", f"--model={tmp_path / 'small'}"))
-    with pytest.raises(SystemExit, match="hidden size of the policy 32, of the reference 64"):
-        train_ganpo.main(flags(tiny_world, tmp_path / "r", f"--ref_model={tmp_path / 'wide'}"))
+    for flag in ("--model", "--ref_model"):
+        with pytest.raises(SystemExit, match="beyond the vocabulary .*, 100 tokens"):
+            train_ganpo.main(flags(tiny_world, tmp_path / "r", f"{flag}={tmp_path / 'small'}"))
+    for more in ("--lambda_adv=1", "--lambda_adv=0"):
+        argv = flags(tiny_world, tmp_path / "r", f"--ref_model={tmp_path / 'wide'}", more)
+        with pytest.raises(SystemExit, match="hidden size of the policy 32, of the reference 64"):
+            train_ganpo.main(argv)
 
 
 def test_an_out_dir_that_holds_a_run_is_refused_and_untouched(tiny_world, tmp_path):

@@ -384,7 +384,7 @@ def test_more_than_one_percent_of_malformed_rows_stops_the_load_with_counts(tmp_
     assert len(load(tmp_path, [*good(99), row("q", "a", "a")]).triplets) == 99
     rows = [*good(150), row("q", "a", "a"), row("q", "", "a")]
     message = error_of(write_lines(tmp_path / "bad.jsonl", rows))
-    first = "the first of each, from 0: identical pair 150, empty answer 151"
+    first = "the first of each, from 0: identical pair in row 150, empty answer in row 151"
     for part in ("2 of 152 rows", "1%", "identical pair 1", "empty answer 1", first, "accepted"):
         assert part in message
 
@@ -696,7 +696,7 @@ def test_packing_equals_the_naive_construction():
     assert packed.predict.tolist() == predict and packed.labels.tolist() == labels
     assert packed.owner.tolist() == owner and packed.segments == tuple(segments)
     assert packed.lengths.tolist() == [len(scored) for _, scored in places]
-    assert packed.real_tokens == sum(2 * p + c + r for p, c, r in ROW)
+    assert packed.mask.sum() == sum(2 * p + c + r for p, c, r in ROW)
 
 
 def test_every_sequence_reads_as_if_it_stood_alone():

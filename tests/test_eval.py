@@ -501,15 +501,17 @@ def test_bad_input_is_one_line_before_anything_is_written(exam, tiny_world, tmp_
         ([f"--model={tmp_path / 'wide'}", mini, f"--score_discriminators={discs}"],
          f"--score_discriminators {discs}: for latents of size 32; those of the model have 64"),
         ([model, mini, f"--score_discriminators={paired}"],
-         f"--score_discriminators {paired}: these critics score h - h_ref, and here"),
+         f"--score_discriminators {paired}: these critics read h - h_ref, and this"),
         ([model, mini, f"--score_discriminators={noise}"], f"--score_discriminators {noise}: "),
         ([model, mini, "--judge=rm"], "--judge rm needs --reward_model"),
-        ([model, mini, f"--reward_model={other}"], f"--reward_model {other}: no reward model"),
+        ([model, mini, f"--reward_model={other}"], f"--reward_model {other}: not a reward model"),
         ([model, mini, "--judge=gpt4"], "--judge gpt4 needs --prompts alpaca_eval"),
         ([model, mini, "--judge=annotations"], "--judge annotations needs --annotations FILE"),
+        ([model, "--judge=annotations", "--annotations=a.json"],
+         "--judge annotations does not use --max_new_tokens, --model"),
         ([model, mini, "--max_new_tokens=250"],
          "--max_new_tokens 250 leaves 6 of the model's 256 positions for the prompt"),
-        ([model, mini, "--temperatures", "0.7", "0.7"], "--temperatures: one occurs twice"),
+        ([model, mini, "--temperatures", "0.7", "0.7"], "--temperatures: a value is given twice"),
         ([model, mini, "--temperatures", "nan"], "argument --temperatures: nan is not in [0, inf)"),
         ([model, f"{at}/plain.jsonl"], "--judge mini: the prompts are not the miniature's"),
         ([model, f"{at}/twice.jsonl"], f"--prompts {tmp_path}/twice.jsonl: row 1 has"),
@@ -545,7 +547,8 @@ def test_prompts_without_room_lose_their_middle_and_are_counted(exam, tmp_path, 
         shutil.copy(prompts, tmp_path / "prompts.jsonl")
         patch.setattr(eval_alpaca, "task_of", lambda p: world.Task("reverse", "", "x"))
         examine(tmp_path, tmp_path / "out", "--temperatures", "0")
-    assert "1 of 2 prompts are longer than 244 tokens: cut in the middle" in capsys.readouterr().out
+    said = "1 of 2 prompts are longer than 244 tokens; the middle of these is left out"
+    assert said in capsys.readouterr().out
     whole = ChatEncoder(tiny()).prompt_ids(user_chat(long))
     assert sorted(map(len, seen))[-1] == 244
     longest = max(seen, key=len)
@@ -645,7 +648,9 @@ def test_ifeval_counts_whole_prompts_and_says_what_it_skips(stub_lm_eval, capsys
 
 def test_ifeval_without_lm_eval_is_one_line(exam, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(SystemExit, match=r"--judge ifeval: pip install 'lm_eval\[ifeval\]'"):
+    with pytest.raises(
+        SystemExit, match=r"--judge ifeval needs lm_eval: pip install 'lm_eval\[ifeval\]'"
+    ):
         examine(exam, tmp_path, "--judge=ifeval")
 
 
@@ -742,7 +747,7 @@ def test_bradley_terry_of_equal_rewards_is_ln_2_and_its_gradient_pushes_apart():
 
 
 def test_what_is_no_reward_model_is_refused(exam, tmp_path):
-    with pytest.raises(InputError, match="no reward model"):
+    with pytest.raises(InputError, match="not a reward model"):
         RewardModel(str(exam / "model"), torch.device("cpu"))
     model = AutoModelForSequenceClassification.from_pretrained(exam / "model", num_labels=3)
     model.save_pretrained(tmp_path)

@@ -437,7 +437,7 @@ def slow_evaluation(rank):
 @pytest.mark.parametrize("ranks", [slow(1), 2])
 def test_a_signal_ends_an_evaluation_which_is_made_up_for(ranks, tiny_world, tmp_path):
     held_out = make_rows(tmp_path / "many.jsonl", 60, seed=3)
-    more = ("--max_steps=3", "--eval_every=2", f"--eval_split={held_out}")
+    more = ("--max_steps=3", "--eval_every=2", f"--eval_split={held_out}", "--micro_batch_size=8")
     run(tiny_world, tmp_path / "s", *more, ranks=ranks)
     out, log = tmp_path / "r", tmp_path / "log"
     children = spawn(flags(tiny_world, out, *more), ranks, log, slow_evaluation)
@@ -453,7 +453,7 @@ def test_a_signal_ends_an_evaluation_which_is_made_up_for(ranks, tiny_world, tmp
 def test_a_signal_lets_the_last_evaluation_end(tiny_world, tmp_path):
     """There is no later step at which to make up for it."""
     held_out = make_rows(tmp_path / "many.jsonl", 30, seed=3)
-    more = ("--max_steps=2", "--eval_every=9", f"--eval_split={held_out}")
+    more = ("--max_steps=2", "--eval_every=9", f"--eval_split={held_out}", "--micro_batch_size=8")
     run(tiny_world, tmp_path / "s", *more)
     out = tmp_path / "r"
     (child,) = spawn(flags(tiny_world, out, *more), prepare=slow_evaluation)
@@ -539,7 +539,7 @@ def test_what_is_not_finite_stops_all_ranks_before_the_update_naming_the_pair(
     pairs = [data.triplets[i] for i in batch_indices(2, 28, 8, 0)]
     row = plan_forwards(pairs, ranks, 8, 16384)[0][-1][1].row
     (line,) = [x for x in log.read_text().splitlines() if x.startswith("train_ganpo.py:")]
-    assert "step 3: loss_opo is nan; the step was not taken" in line
+    assert "step 3: loss_opo is nan; the policy was not updated" in line
     assert line.endswith(f"rows of the data (from 0): {row}")
     assert states(out) == ["step-000001", "step-000002"] and len(rows_of(out / "metrics.csv")) == 2
     _, again = run(tiny_world, out, "--save_every=1", "--resume", ranks=ranks)

@@ -604,7 +604,7 @@ def test_the_terminal_shows_what_is_trained_on_and_one_line_a_step(tiny_world, t
     (settings,) = [line for line in lines if line.startswith("preset mini ")]
     assert " adv_loss=nonsaturating mean=batch" in settings and "critic" not in settings
     assert settings.endswith(f"all settings: {tmp_path / 'r' / 'config.json'}")
-    assert "8 pairs/step = 1 rank(s) x 1 forward(s) of up to 8 pairs" in text
+    assert "8 pairs/step = 1 rank(s) x 1 forward(s) of up to 32 pairs" in text
     assert "28 pairs = 3 steps/epoch, 4 left over" in text
     assert f"adv {4 * LN2:+.4f}, D {4 * LN2:.4f}" in text
     assert "28 of 28 rows; dropped: none" in text
