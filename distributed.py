@@ -28,6 +28,26 @@ from data import InputError, first_line
 # ---------------------------------------------------------------------- start and end
 
 
+# Variables by which launchers other than torchrun say how many processes they have started.
+OTHER_LAUNCHERS = "WORLD_SIZE SLURM_STEP_NUM_TASKS OMPI_COMM_WORLD_SIZE PMI_SIZE".split()
+
+
+def check_launch():
+    """Raises InputError if several processes were started, but were not told how to meet.
+
+    Each of them would train by itself, all in one folder.
+    """
+    advice = "start several processes by torchrun --nproc_per_node N PROGRAM"
+    if "RANK" in os.environ:
+        needed = "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+        if missing := [name for name in needed if name not in os.environ]:
+            raise InputError(f"RANK is set, but not {', '.join(missing)}: {advice}, or unset RANK")
+        return
+    for name in OTHER_LAUNCHERS:
+        if os.environ.get(name, "1") not in ("", "0", "1"):
+            raise InputError(f"{name} is {os.environ[name]}, but RANK is not set: {advice}")
+
+
 def start(timeout: float, miniature: bool = False) -> torch.device:
     """Joins the process group and returns the device of this process.
 
@@ -35,8 +55,9 @@ def start(timeout: float, miniature: bool = False) -> torch.device:
     world of one that needs no port. On a CPU the number of threads and the allocator are set
     (cpu.py). A rank that waits for the others longer than timeout seconds ends with an error.
     miniature says whether the run is one of the miniature, which has its own number of threads
-    (cpu.py).
+    (cpu.py). Raises InputError as check_launch does.
     """
+    check_launch()
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -67,15 +88,19 @@ def session(timeout: float, miniature: bool = False):
 
 
 class StopSignals:
-    """Handles SIGTERM and SIGINT within a `with` block.
+    """Handles SIGTERM, SIGINT, SIGUSR1 and SIGHUP within a `with` block.
 
-    The first signal asks for an orderly end; the program asks anywhere() whether one has come. The
-    second signal ends the process at once.
+    Schedulers send the last two before the time of a job is over. The first signal asks for an
+    orderly end; the program asks anywhere() whether one has come. The second signal ends the
+    process at once.
     """
 
     def __enter__(self):
         self.received = False
-        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        signals = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+            signals.append(signal.SIGHUP)
+        self.before = {s: signal.signal(s, self.handle) for s in signals}
         return self
 
     def __exit__(self, *_):

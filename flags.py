@@ -69,4 +69,5 @@ def refuse(program: str, error: Exception):
     """Ends the program with exit status 1; rank 0 prints one line. All ranks find such errors."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    sys.exit(f"{program}: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+    prints = os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
+    sys.exit(f"{program}: {error}" if prints else 1)

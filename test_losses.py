@@ -202,7 +202,7 @@ def test_the_gradient_under_batch_means_is_the_central_difference_of_the_equatio
 
 
 @both_adv_losses
-def test_both_games_pull_equally_where_the_policy_scores_the_reference_mean(adv_loss):
+def test_both_adversarial_losses_pull_equally_where_the_policy_scores_the_reference_mean(adv_loss):
     s_ref, s = constant(0.7), constant(0.7).requires_grad_()
     check_close(gradient(generator_loss(s, s_ref.mean(), adv_loss), s), [-1 / 2 / B] * B)
     check_close(
@@ -231,7 +231,7 @@ def test_preference_losses_start_at_their_known_values():
     check_close(simpo_loss(w, w, 0.3, 0.5), [math.log(1 + math.exp(0.15))] * B)
 
 
-def test_scores_that_tell_nothing_apart_cost_ln_2_a_term():
+def test_scores_that_tell_nothing_apart_cost_ln_2_each():
     assert LN2 == math.log(2)
     s, mu = constant(1.3), constant(1.3).mean()
     for name, terms in zip(ADVERSARIAL, (2, -1, 1, -2, 2), strict=True):

@@ -66,6 +66,7 @@ from flags import (
     at_least_0,
     count,
     fraction,
+    given_flags,
     natural,
     number,
     positive,
@@ -172,13 +173,13 @@ def once(path: Path, compute: Callable):
 
 
 class Stopped(Exception):
-    """A signal has ended the LLM's step, whose state is on the disk."""
+    """Raised after a signal has ended the LLM's step; the state of that step is saved."""
 
 
 class Game:
     """What all variants share: prompts with golden answers, human pairs, held-out pairs, an exam.
 
-    Reads no weight. Raises InputError if something cannot be used.
+    It reads no weights. Raises InputError if something cannot be used.
     """
 
     def __init__(self, args, device: torch.device):
@@ -281,8 +282,8 @@ class Game:
     def pairs(self, samples: list[list[str]], rewards: list[list[float]]) -> list[dict]:
         """Returns rows of the best and the worst sample of each prompt.
 
-        Rejection sampling reads the best one only. So it needs no usable worst one, and every
-        prompt with a usable best one stays [choice 20].
+        Rejection sampling trains on the best one only. So every prompt with a usable best one
+        stays, and a stand-in takes the place of a worst one that is not usable [choice 20].
         """
         rows, best_only = [], self.args.aligner == "rejection"
 
@@ -392,7 +393,7 @@ def play_all(args, argv: list[str], device: torch.device, stack: ExitStack):
                 row = once(folder / "round.json", partial(printing_to, folder / "log", play))
             except Stopped:
                 words = shlex.join(word for word in argv if word != "--resume")
-                return print0(f"stopped; resume with: apo.train_apo --resume {words}")
+                return print0(f"stopped; resume with: python -m apo.train_apo --resume {words}")
             table.append(row)
             print0(line(row))
             for state in ("policy/state", "reward/state"):  # of no use after the round
@@ -432,11 +433,13 @@ def line(row: dict) -> str:
 
 SHARED = "seed dtype max_length batch_size micro_tokens save_every".split()
 OF_GAME = [*SHARED, *"model ref_model dataset out_dir lr keep chat_template checkpointing".split()]
+OF_GAME += ["timeout", "resume"]
 
 
 def aligner_flags(args) -> list[str]:
     """Returns train_ganpo.py's flags for the LLM's step that are the same in all rounds."""
     flags = [f"--{name}={getattr(args, name)}" for name in SHARED] + ["--keep=1"]
+    flags += ["--micro_batch_size=8"]  # as the results in docs/apo.md were measured
     flags += ["--checkpointing"] * args.checkpointing
     flags += [f"--chat_template={args.chat_template}"] * bool(args.chat_template)
     plain = {"rejection": ["--loss=sft", "--lambda_adv=0"], "dpo": ["--lambda_adv=0"], "ganpo": []}
@@ -453,17 +456,17 @@ def flags() -> Parser:
     add("--golden", metavar="FILE", help="rows of prompt and golden [the miniature's solver]")
     add("--human", metavar="FILE", help="preference pairs [the miniature's annotator]")
     add("--held_out", metavar="FILE", help="pairs that examine the reward model [the miniature's]")
-    add("--exam", metavar="FILE", help="prompts of the miniature's judge [its own; none]")
+    add("--exam", metavar="FILE", help="prompts for the miniature's judge [its own; else none]")
     add("--chat_template", help="a jinja file [the tokenizer's own]")
     add("--max_length", type=count, default=256, help="tokens of prompt + response [256]")
     add = parser.add_argument_group("the game [default; the paper's where it differs]").add_argument
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="[all three]")
     add("--rounds", type=count, default=3, help="[3]")
-    add("--prompts", type=count, default=1024, help="use so many of the golden prompts [1024]")
+    add("--prompts", type=count, default=1024, help="how many golden prompts to use [1024]")
     add("--samples", type=number(int, 2), default=4, help="answers per prompt [4]")
     add("--temperature", type=positive, default=1.0, help="of these answers [1; paper 1.2]")
     add("--apo_loss", choices=["ranking", "difference"], default="ranking", help="[ranking]")
-    add("--apo_weight", type=positive, default=0.1, help="of a prompt's game pairs [0.1]")
+    add("--apo_weight", type=positive, default=0.1, help="of all game pairs of a prompt [0.1]")
     add("--aligner", choices=["rejection", "dpo", "ganpo"], default="rejection", help="[rejection]")
     add("--lr", type=positive, nargs="+", default=[1e-4, 4e-5, 2e-5], help="of the LLM in each"
         " round [1e-4 4e-5 2e-5; paper 5e-6 2e-6 9e-7]")
@@ -500,8 +503,11 @@ def parse_args(argv: list[str]):
     for name, file in own.items():
         if getattr(args, name) is None:
             setattr(args, name, str(world_folder(args.seed) / file))
-    if len(args.lr) < args.rounds:
+    given = given_flags(argv[:split])
+    if len(args.lr) < args.rounds or "lr" in given and len(args.lr) > args.rounds:
         raise InputError(f"--lr: {len(args.lr)} rates for {args.rounds} rounds")
+    if args.variants == ["frozen"] and (useless := given & {"apo_loss", "apo_weight"}):
+        raise InputError(f"--variants frozen does not use --{', --'.join(sorted(useless))}")
     for word in args.to_aligner:
         if (name := word.split("=")[0].removeprefix("--")) in OF_GAME:
             raise InputError(f"--{name} after --: the game sets it")

@@ -8,8 +8,8 @@ A cell is one run of train_ganpo.py in one world, and its evaluation at six temp
 stands for a world: reference, pairs, and the seed of the run. Cells run side by side, one on each
 core. out/reproduce keeps what is finished, so a command that was killed continues where it was. A
 cell whose settings have changed is done again; remove out/reproduce when the code has changed.
-Differences are paired: both cells ran in the same worlds, and their sampling meets the same random
-numbers. Errors are standard errors over seeds.
+Differences are paired: both cells ran in the same worlds and sampled with the same random numbers.
+Errors are standard errors over seeds.
 """
 
 import cpu  # must come before torch
@@ -98,7 +98,7 @@ CELLS = {  # flags by regime/name; a regime is a learning rate, ganpo is the def
     "far/paired_30": [*PAIRED, "--lambda_adv=30"],
 }
 QUICK = "mild/dpo mild/ganpo mild/simpo mild/ganpo_simpo over/dpo over/ganpo over/mse over/paired"
-APO = []  # flags of apo.train_apo
+APO = []  # flags of apo.train_apo; none, its defaults
 
 
 def flags_of(cell: str) -> list[str]:
@@ -126,8 +126,8 @@ def finished(seed: int, cell: str) -> dict | None:
 def start_worker(free_cores):
     """Gives a worker a core from a queue of their numbers, and one thread.
 
-    The miniature has a constant number of threads, but the grid's is one, because every core has a
-    worker. OMP_NUM_THREADS tells the programs so.
+    A program in the miniature would take two threads, but here every core has a worker already.
+    OMP_NUM_THREADS overrides the two.
     """
     core = free_cores.get()
     if hasattr(os, "sched_setaffinity"):  # Linux only
@@ -172,7 +172,9 @@ def evaluation_flags(seed: int, cell: str) -> list[str]:
 def train_and_evaluate(seed: int, cell: str, folder: Path):
     """Runs train_ganpo.py and eval_alpaca.py for a cell, in its folder."""
     home, run, evaluation = ROOT / f"seed{seed}", folder / "run", folder / "eval-mini"
-    train_ganpo.main([f"--seed={seed}", *flags_of(cell), "--eval_every=0", f"--out_dir={run}"])
+    # RESULTS.md was measured with micro-batches of 8 pairs, and float32 sums depend on them
+    more = ["--micro_batch_size=8", "--eval_every=0", f"--out_dir={run}"]
+    train_ganpo.main([f"--seed={seed}", *flags_of(cell), *more])
     evaluation.mkdir()
     for file in (home / "reference" / "eval-mini").glob("model-*"):  # its answers are in all cells
         shutil.copy(file, evaluation / file.name.replace("model", "baseline", 1))
@@ -208,9 +210,14 @@ def run_all(seeds: range, cells: list[str], apo: bool):
             left = [job for job in jobs if not finished(*job)]
             start, futures = time.perf_counter(), {pool.submit(run_cell, *j): j for j in left}
             for i, future in enumerate(as_completed(futures), 1):
-                future.result()
-                seconds = (time.perf_counter() - start) / i * (len(left) - i)
                 seed, cell = futures[future]
+                try:
+                    future.result()
+                except BaseException:  # the cells that wait would run for hours before it is seen
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    print(f"failed: seed {seed} {cell}; see {ROOT}/seed{seed}/{cell}/log")
+                    raise
+                seconds = (time.perf_counter() - start) / i * (len(left) - i)
                 where = f"{len(jobs) - len(left) + i}/{len(jobs)}"
                 time_left = timedelta(seconds=int(seconds))
                 print(f"{where} seed {seed} {cell}, {time_left} left", flush=True)
@@ -225,7 +232,7 @@ def parse_args(argv: list[str]):
     parser = Parser("miniature.reproduce", __doc__, usage)
     add = parser.add_argument
     add("--seeds", type=count, help="how many worlds [5; with --quick 1]")
-    add("--first_seed", type=natural, default=10, help="of the worlds, which follow on [10]")
+    add("--first_seed", type=natural, default=10, help="of the first world; the others follow [10]")
     add("--apo", action="store_true", help="also play the game of apo.train_apo")
     add("--quick", action="store_true", help="one world, eight cells")
     add("--out", help="[miniature/RESULTS.md; with --quick out/reproduce/quick.md]")

@@ -48,7 +48,7 @@ def measures(seed: int, cell: str) -> dict:
         here = [s for s in scores if s["temperature"] == t]
         for key in ("critic_pos", "reward"):
             if here and key in here[0]:
-                found["r_" + key, t] = plots.pearson(*columns(here, key, "score"), draws=2)[0]
+                found["r_" + key, t] = np.corrcoef(columns(here, key, "score"))[0, 1]
     here = [s for s in scores if s["temperature"] == 0.7 and s["win"] is not None]
     if here:
         length, win = columns(here, "length", "win")
@@ -110,9 +110,12 @@ def verdict(
 ) -> str:
     """Returns one of three words about a difference, (worlds,).
 
-    They stand for a 95 % interval that lies above 0, contains 0, or lies below 0.
+    They stand for a 95 % interval that lies above 0, contains 0, or lies below 0. A difference that
+    is missing (nan) in a world is "not measured".
     """
     n = len(values)
+    if np.isnan(values).any():
+        return "not measured"
     if n < 2:
         return "one seed: no verdict"
     t = values.mean() / max(standard_error(values), 1e-12)
@@ -226,7 +229,7 @@ AGAINST += [("far/paired_3", "far/mse_1"), ("far/paired_30", "far/mse_10")]
 def named_cells() -> set[str]:
     """Returns the cells that the section about the paired critic needs."""
     strengths = {f"far/{cell}" for cells in STRENGTHS.values() for cell in cells}
-    return strengths | {cell for pair in AGAINST for cell in pair}
+    return strengths | {cell for pair in AGAINST for cell in pair} | {f"{r}/dpo" for r in REGIMES}
 
 
 def rivals(grid: Grid) -> list[tuple]:
@@ -261,6 +264,7 @@ def targets(grid: Grid) -> list[tuple]:
     ):  # fmt: skip
         d = grid.values(cell, key) - grid.values(other, key)
         met = "met" if d.mean() >= least else "not met"
+        met = "not measured" if np.isnan(d).any() else met
         rows.append((f"{cell} minus {other}", f"at least {least}", with_error(d, 1, "+"), met))
     return rows
 

@@ -174,6 +174,9 @@ def test_game_pairs_hold_the_golden_answer_above_each_other_sample(handed):
     "flags, message",
     [
         (["--rounds=4"], "--lr: 3 rates for 4 rounds"),
+        (["--rounds=1", "--lr", "1e-4", "1e-5"], "--lr: 2 rates for 1 rounds"),
+        (["--variants", "frozen", "--apo_weight=1"], "--variants frozen does not use --apo_weight"),
+        (["--", "--timeout=5"], "--timeout after --: the game sets it"),
         (["--golden=rows.jsonl"], "--golden rows.jsonl: row 1 has no text 'golden'"),
         (["--golden=empty.jsonl"], "--golden empty.jsonl: row 0 has no text 'golden'"),
         (["--golden=few.jsonl"], "--batch_size 16: only 1 prompts, 64 human pairs"),
@@ -307,7 +310,8 @@ def test_a_signal_ends_the_game_and_it_resumes(step, game, monkeypatch, capsys):
     out = f"--out_dir=stop{step}"
     train_apo.main([*flags, out])
     said = capsys.readouterr().out.splitlines()[-1]
-    assert said == f"stopped; resume with: apo.train_apo --resume {' '.join([*flags, out])}"
+    words = " ".join(["--resume", *flags, out])
+    assert said == f"stopped; resume with: python -m apo.train_apo {words}"
     monkeypatch.undo()
     train_apo.main(["--resume", *flags, out])
     train_apo.main([*flags, f"--out_dir=straight{step}"])

@@ -108,11 +108,15 @@ def test_bench_puts_another_program_beside_itself(workload, capsys, monkeypatch)
     monkeypatch.setattr(bench, "ROUNDS", 1)
     with pytest.raises(SystemExit, match="^tools.bench: .*echo hello printed no JSON object"):
         bench.main([str(workload[0]), "--batch_size=2", "--vs", "echo hello"])
+    with pytest.raises(SystemExit, match="^tools.bench: .*echo 5 printed no JSON object"):
+        bench.main([str(workload[0]), "--batch_size=2", "--vs", "echo 5"])
 
 
 def test_bench_refuses_what_it_cannot_measure(workload, tmp_path):
     for argv, message in (
         ((tmp_path / "nothing",), "no workload"),
+        ((workload[0], "--vs=echo", "--json"), "--vs prints a table"),
+        ((workload[0], "--vs=echo", "--estimate=8"), "--vs prints a table"),
         ((workload[0], "--batch_size=4"), "6 pairs, 12 needed"),
     ):
         with pytest.raises(SystemExit, match=rf"^tools.bench: .*{message}"):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import distributed
 import eval_alpaca
 import reward_model
 import settings
@@ -302,6 +303,37 @@ def test_other_programs_refuse_bad_input_before_the_miniature_is_built(
 ):
     name = {train_apo: "apo.train_apo"}.get(program, f"{program.__name__}.py")
     assert re.match(f"{name}: .*{message}", refused_at_once(program, argv))
+
+
+# ---------------------------------------------------------------------- processes
+
+
+@pytest.mark.parametrize("program", [train_ganpo, reward_model, eval_alpaca])
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"RANK": "1"}, "RANK is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK is set, but not MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS is 2, but RANK is not set"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE is 4, but RANK is not set"),
+        ({"PMI_SIZE": "8"}, "PMI_SIZE is 8, but RANK is not set"),
+    ],
+)
+def test_processes_that_were_not_told_how_to_meet_are_refused(
+    program, variables, message, nothing_built, monkeypatch
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    argv = ["--model=out/mini/seed0/model"] * (program is eval_alpaca)
+    line = refused_at_once(program, argv)
+    assert f": {message}: start several processes by torchrun --nproc_per_node N " in line
+
+
+def test_a_launcher_of_one_process_is_no_obstacle(tiny_world, tmp_path, monkeypatch):
+    for name in distributed.OTHER_LAUNCHERS:
+        monkeypatch.setenv(name, "1")
+    run(tiny_world, tmp_path / "r", "--max_steps=1")
 
 
 # ---------------------------------------------------------------------- bad input of other kinds

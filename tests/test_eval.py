@@ -355,7 +355,7 @@ def test_scores_and_rates_are_those_of_each_answer_judged_by_itself(exam, tmp_pa
     assert "judge mini" in printed and printed.count("+-") == 7  # the legend's and 3 of each row
 
 
-def test_a_run_is_examined_in_its_own_world_unless_told_otherwise(tmp_path):
+def test_a_run_is_examined_in_its_own_world_unless_a_seed_is_given(tmp_path):
     def seed(*more, **config):
         config = {"seed": 7, "data_fingerprint": ""} | config
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -859,7 +859,7 @@ def test_r_is_pearson_s_and_its_interval_holds_the_truth_as_often_as_it_says():
     assert 88 <= hits <= 99
 
 
-def test_what_no_run_has_is_said_and_what_is_no_run_refused(tmp_path, capsys):
+def test_what_no_run_has_is_named_and_what_is_no_run_is_refused(tmp_path, capsys):
     alone = tmp_path / "run"
     make_run(alone, lambda_adv=0)
     (alone / "metrics.csv").unlink()
@@ -869,7 +869,11 @@ def test_what_no_run_has_is_said_and_what_is_no_run_refused(tmp_path, capsys):
     assert "critic: these runs" in printed and "health: these runs" in printed
     (tmp_path / "empty").mkdir()
     shutil.copytree(alone / "eval-mini-mini", alone / "eval-other")
+    (tmp_path / "published").mkdir()  # as --judge annotations writes it
+    (tmp_path / "published" / "results.json").write_text('[{"temperature": null, "n": 1}]')
+    (tmp_path / "published" / "scores.jsonl").write_text('{"prompt": 0, "win": 1.0}\n')
     for folder, message in (
+        (tmp_path / "published", "no results with a temperature"),
         (tmp_path / "empty", "neither metrics.csv nor results.json"),
         (tmp_path / "nowhere", "no such folder"),
         (alone, "several evaluations, pass one of them as RUN: eval-mini-mini, eval-other"),

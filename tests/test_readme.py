@@ -187,7 +187,7 @@ def test_every_file_function_and_test_that_a_page_names_exists(page):
     assert not re.search(r"\.py:\d+|\bline \d+ of `?\w+\.py", text)  # no line numbers of code
 
 
-def test_readme_promises_name_tests_that_are_here():
+def test_promises_name_tests_that_exist():
     text, code = PAGES[DOCS / "reliability.md"], (TESTS / "test_reliability.py").read_text()
     promised = re.findall(r"\| `(test_\w+)` \|", text)
     assert len(promised) > 10

@@ -28,6 +28,7 @@ import torch
 from safetensors.torch import load_file
 
 import checkpoint
+import distributed
 import train_ganpo
 from data import load_pairs
 from helpers import (
@@ -176,7 +177,7 @@ def test_settings_that_change_the_result_are_refused_by_name(
     assert before == {f: f.stat().st_mtime_ns for f in stopped.rglob("*") if f.name != ".lock"}
 
 
-def test_settings_that_do_not_are_free(six_steps, stopped, tiny_world, tmp_path):
+def test_settings_that_do_not_may_change(six_steps, stopped, tiny_world, tmp_path):
     shutil.copytree(stopped, tmp_path / "r")
     more = ("--epochs=2", "--micro_batch_size=3", "--save_every=1", "--checkpointing", "--keep=1")
     rows, _ = run(tiny_world, tmp_path / "r", *more, "--resume")
@@ -400,8 +401,12 @@ def undisturbed(tiny_world, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "ranks, number", [(1, signal.SIGTERM), slow(1, signal.SIGINT), (2, signal.SIGTERM)]
-)
+    "ranks, number",
+    [
+        (1, signal.SIGUSR1), slow(1, signal.SIGINT), slow(1, signal.SIGTERM),
+        slow(1, signal.SIGHUP), (2, signal.SIGTERM), slow(2, signal.SIGHUP),
+    ],
+)  # fmt: skip
 def test_a_signal_finishes_the_step_saves_and_exits_0(
     ranks, number, undisturbed, tiny_world, tmp_path
 ):
@@ -420,6 +425,18 @@ def test_a_signal_finishes_the_step_saves_and_exits_0(
     assert [r["step"] for r in rows] == list(range(1, LONG_STEPS + 1))
     for a, b in zip(straight, rows, strict=True):
         close(a, b, 0)
+
+
+def test_a_hangup_that_is_ignored_stays_ignored():
+    """nohup starts a program that way."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with distributed.StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not signals.received
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def slow_evaluation(rank):

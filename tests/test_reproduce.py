@@ -36,6 +36,7 @@ def test_a_95_percent_interval_decides():
     assert verdict(five, ("above", "undecided", "below")) == "above"
     assert verdict(np.array([1.0, -1.5, 0.7])) == "does not reproduce"
     assert verdict(up[:1]) == "one seed: no verdict"
+    assert verdict(np.array([1.0, np.nan, 1.0])) == "not measured"
     error = np.std(up, ddof=1) / 3**0.5
     assert with_error(up, 2, "+") == f"+1.00 +- {error:.2f}"
     assert with_error(up[:1], 1) == "1.0" and with_error(np.array([1.0, np.nan]), 1) == "-"

@@ -414,7 +414,7 @@ def test_lambda_0_is_the_plain_loss_bit_for_bit(loss, tiny_world, tmp_path, monk
 @pytest.mark.parametrize(
     "module, more", [(train_ganpo, "--mean=batch"), (paired, "--critic=paired")]
 )
-def test_neither_player_sends_gradient_to_the_other(
+def test_neither_policy_nor_critics_send_gradient_to_the_other(
     module, more, tiny_world, tmp_path, monkeypatch
 ):
     """Seen from inside a real step: nothing in policy or reference while the discriminators move,

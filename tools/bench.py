@@ -52,7 +52,7 @@ import report
 import settings
 import train_ganpo
 from data import InputError, Triplet, json_lines
-from flags import DTYPES, Parser, count, natural
+from flags import DTYPES, Parser, count, natural, refuse
 from generate import quiet
 from packing import Survey, pack, survey, tokens_in
 from tools.estimate import NoEstimate, estimated_memory, run_without_data
@@ -148,7 +148,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator:
-        """Counts the time of a `with` block to a phase."""
+        """Adds the time of a `with` block to a phase."""
         self.switch()
         self.stack.append("discriminators" if self.stack[-1] == "discriminators" else name)
         try:
@@ -158,7 +158,7 @@ class Clock:
             self.stack.pop()
 
     def timed(self, name: str, function: Callable) -> Callable:
-        """Returns the function, with its time counted to a phase."""
+        """Returns the function, changed so that its time is added to a phase."""
 
         def wrapper(*args, **kwargs):
             with self.phase(name):
@@ -167,14 +167,16 @@ class Clock:
         return wrapper
 
     @contextmanager
-    def watching(self, run) -> Iterator:
+    def timing_phases(self, run) -> Iterator:
         """Times the phases of the steps that are taken in a `with` block.
 
         For that it replaces the functions that the step looks up when it calls them.
         """
-        games = [(game, "discriminators") for game in (train_ganpo, paired)]
-        places = [(game, "update_discriminators", phase) for game, phase in games]
-        places += [(game, "adversarial_loss", phase) for game, phase in games]
+        places = [
+            (game, name, "discriminators")
+            for game in (train_ganpo, paired)
+            for name in ("update_discriminators", "adversarial_loss")
+        ]
         places += [
             (torch.Tensor, "backward", "backward"),
             (torch.nn.utils, "clip_grad_norm_", "optimiser"),
@@ -305,7 +307,7 @@ def timed_steps(run, steps: list) -> dict:
     rates.append(matrix_rate(device, dtype))
     # phases and operations are taken from further steps, because watching them takes time
     clock = Clock(device)
-    with clock.watching(run):
+    with clock.timing_phases(run):
         train_ganpo.train_step(run, batches(timed, clock), timed + 1)
     clock.switch()
     with counting() as counter:
@@ -346,9 +348,9 @@ def total_gb(parts: dict[str, float]) -> float:
 
 
 def compute(args, train_args, steps: list, model_dir: str) -> dict:
-    """For --estimate: prints and returns memory and time of a step on GPUs, computed alone.
+    """For --estimate: prints and returns the memory and time that a step on GPUs needs.
 
-    No weight is made. steps holds the pairs of each step.
+    Both are computed; nothing is run, and no weight is made. steps holds the pairs of each step.
     """
     ranks, config = args.estimate, AutoConfig.from_pretrained(model_dir)
     plans, gpu = survey(steps, train_args, ranks), torch.device("cuda")
@@ -377,8 +379,10 @@ def last_object(command: list[str]) -> dict:
     """
     done = subprocess.run(command, capture_output=True, text=True)
     try:
-        return json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
+        found = json.loads(done.stdout.splitlines()[-1])
+        found.keys()
+        return found
+    except (IndexError, ValueError, AttributeError):
         raise InputError(
             f"{shlex.join(command)} printed no JSON object in its last line: {done.stderr[-300:]}"
         ) from None
@@ -400,7 +404,7 @@ def versus(argv: list[str], other: str):
 
 
 def run_here(args, flags: list[str], folder: Path) -> dict:
-    """Measures or computes one workload; folder is an empty one for a workload and a model."""
+    """Measures or computes one workload; folder is empty and receives workload and model."""
     pairs, workload = args.batch_size * (args.steps + 1), args.workload
     if not workload:
         make_workload(folder, args.shape, pairs)
@@ -436,6 +440,8 @@ def parse_args(argv: list[str]):
     args.workload = workload
     if not (args.steps or args.estimate):
         raise InputError("--steps 0: there is nothing to time")
+    if args.vs and (args.json or args.estimate):
+        raise InputError("--vs prints a table of timings: pass it without --json and --estimate")
     return args, flags
 
 
@@ -451,8 +457,8 @@ def main(argv: list[str] | None = None):
             return versus(rest, args.vs)
         with tempfile.TemporaryDirectory() as folder:
             done = run_here(args, flags, Path(folder))
-    except InputError as error:
-        sys.exit(f"tools.bench: {error}")
+    except (InputError, FloatingPointError, OSError) as error:
+        refuse("tools.bench", error)
     if args.json and RANK == 0:
         print(json.dumps(done))
 

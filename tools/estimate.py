@@ -41,7 +41,7 @@ class NoEstimate(InputError):
 
 @contextmanager
 def run_without_data(args, config: PretrainedConfig, device: torch.device) -> Iterator:
-    """Gives a `run` as train_ganpo.build does, for a `with` block, of tensors that hold no data.
+    """Opens a `with` block and yields a `run` like train_ganpo.build's, of tensors without data.
 
     device is where the run would take place. The tensors themselves lie on the CPU.
     """

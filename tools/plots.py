@@ -22,8 +22,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
+try:
+    import matplotlib
+except ImportError:
+    sys.exit("figures need matplotlib: pip install -r requirements-dev.txt")
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
@@ -78,6 +80,12 @@ def read_run(folder: Path, style: dict) -> Run:
     for file in found:
         results = json.loads(file.read_text())
         scores = read_rows(str(file.parent / "scores.jsonl"), "train")
+    # published annotations have no temperature
+    results, scores = (
+        [row for row in rows if row.get("temperature") is not None] for rows in (results, scores)
+    )
+    if not metrics and not results:
+        raise InputError(f"{folder}: no results with a temperature, so there is nothing to draw")
     if not config and folder.name.startswith("eval-"):
         config = read_config(folder.parent) or {}
     return Run(name_of(config) or folder.name, style, config.get("loss"), metrics, results, scores)
@@ -96,7 +104,7 @@ def name_of(config: dict) -> str | None:
 
 
 def read_runs(folders: list[str]) -> list[Run]:
-    """Returns the runs of all folders. Two runs of one method get their folders' names too."""
+    """Returns the runs of all folders. Runs of one method have their folders' names added."""
     if len(folders) > len(STYLES):
         raise InputError(f"{len(folders)} runs: more than {len(STYLES)} lines cannot be told apart")
     runs = [read_run(Path(f), style) for f, style in zip(folders, STYLES, strict=False)]
