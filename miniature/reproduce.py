@@ -19,7 +19,7 @@ import os
 import shutil
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import redirect_stdout
 from datetime import timedelta
 from multiprocessing import get_context
@@ -207,20 +207,31 @@ def run_all(seeds: range, cells: list[str], apo: bool):
     with ProcessPoolExecutor(n, context, start_worker, (free_cores,)) as pool:
         for stage in (["reference", "reward"], ["apo"] * apo + cells):
             jobs = [(s, c) for c in stage for s in (seeds[:APO_WORLDS] if c == "apo" else seeds)]
-            left = [job for job in jobs if not finished(*job)]
-            start, futures = time.perf_counter(), {pool.submit(run_cell, *j): j for j in left}
-            for i, future in enumerate(as_completed(futures), 1):
-                seed, cell = futures[future]
-                try:
-                    future.result()
-                except BaseException:  # the cells that wait would run for hours before it is seen
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    print(f"failed: seed {seed} {cell}; see {ROOT}/seed{seed}/{cell}/log")
-                    raise
-                seconds = (time.perf_counter() - start) / i * (len(left) - i)
-                where = f"{len(jobs) - len(left) + i}/{len(jobs)}"
-                time_left = timedelta(seconds=int(seconds))
-                print(f"{where} seed {seed} {cell}, {time_left} left", flush=True)
+            run_jobs(pool, jobs)
+
+
+def run_jobs(pool: Executor, jobs: list[tuple[int, str]]):
+    """Runs those of some cells, pairs of seed and cell, that are not finished; prints progress.
+
+    If a cell fails, prints which one and where its log is, and raises its error. Cells that have
+    not begun by then are cancelled; otherwise all of them would run before the error is seen.
+    """
+    left = [job for job in jobs if not finished(*job)]
+    start, futures = time.perf_counter(), {pool.submit(run_cell, *job): job for job in left}
+    try:
+        for i, future in enumerate(as_completed(futures), 1):
+            seed, cell = futures[future]
+            if future.exception():
+                log = ROOT / f"seed{seed}" / cell / "log"
+                print(f"failed: seed {seed} {cell}; its log is {log}", flush=True)
+            future.result()  # raises the error of a cell that failed
+            seconds = (time.perf_counter() - start) / i * (len(left) - i)
+            where = f"{len(jobs) - len(left) + i}/{len(jobs)}"
+            time_left = timedelta(seconds=int(seconds))
+            print(f"{where} seed {seed} {cell}, {time_left} left", flush=True)
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
 # ---------------------------------------------------------------------- the command

@@ -13,7 +13,7 @@ import pytest  # noqa: E402
 
 pytest.register_assert_rewrite("helpers")
 
-from helpers import SMALL, make_model, make_rows  # noqa: E402
+from helpers import SMALL, build_small_worlds, make_model, make_rows  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -45,12 +45,7 @@ def small(tmp_path_factory):
 @pytest.fixture
 def mini(small, tmp_path, monkeypatch):
     """A folder to run in, where the miniature is that small world and others are as small."""
-    from miniature import world
-
     shutil.copytree(small, tmp_path / "out" / "mini" / "seed0")
-    build = world.build
-    monkeypatch.setattr(
-        world, "build", lambda seed, log=print: build(seed, log=lambda line: None, sizes=SMALL)
-    )
+    build_small_worlds(monkeypatch)
     monkeypatch.chdir(tmp_path)
     return tmp_path

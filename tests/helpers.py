@@ -123,10 +123,28 @@ def json_of(path):
     return json.loads(Path(path).read_text())
 
 
+def read_csv(path):
+    """The rows of a csv file, as text by column."""
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
 def rows_of(path):
     """The rows of a csv file of numbers, without empty columns."""
-    with open(path) as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    return [{k: float(v) for k, v in row.items() if v} for row in read_csv(path)]
+
+
+# ---------------------------------------------------------------------- worlds of the miniature
+
+
+def build_small_worlds(patch):
+    """Makes world.build, until patch is undone, build worlds that take seconds."""
+    from miniature import world
+
+    build = world.build
+    patch.setattr(
+        world, "build", lambda seed, log=print: build(seed, log=lambda line: None, sizes=SMALL)
+    )
 
 
 # ---------------------------------------------------------------------- runs of train_ganpo.py

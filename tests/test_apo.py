@@ -3,7 +3,6 @@
 python -m pytest -q tests/test_apo.py -m "not slow"
 """
 
-import csv
 import json
 import math
 import random
@@ -24,8 +23,7 @@ from apo.train_apo import accuracy_and_ece, best_and_worst, difference_loss, pai
 from data import user_chat
 from distributed import StopSignals
 from generate import pick
-from helpers import SMALL, command
-from miniature import world
+from helpers import build_small_worlds, command, read_csv
 from reward_model import RewardModel
 
 
@@ -89,12 +87,9 @@ def game(small, tmp_path_factory):
     """A folder to play in, where the miniature is a world of seconds."""
     folder = tmp_path_factory.mktemp("apo")
     shutil.copytree(small, folder / "out" / "mini" / "seed0")
-    build = world.build
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(
-            world, "build", lambda seed, log=print: build(seed, log=lambda x: 0, sizes=SMALL)
-        )
+        build_small_worlds(patch)
         yield folder
 
 
@@ -177,6 +172,7 @@ def test_game_pairs_hold_the_golden_answer_above_each_other_sample(handed):
         (["--rounds=1", "--lr", "1e-4", "1e-5"], "--lr: 2 rates for 1 rounds"),
         (["--variants", "frozen", "--apo_weight=1"], "--variants frozen does not use --apo_weight"),
         (["--", "--timeout=5"], "--timeout after --: the game sets it"),
+        (["--", "--resume"], "--resume after --: the game sets it"),
         (["--golden=rows.jsonl"], "--golden rows.jsonl: row 1 has no text 'golden'"),
         (["--golden=empty.jsonl"], "--golden empty.jsonl: row 0 has no text 'golden'"),
         (["--golden=few.jsonl"], "--batch_size 16: only 1 prompts, 64 human pairs"),
@@ -240,8 +236,7 @@ def test_a_reward_model_stopped_and_resumed_equals_an_undisturbed_one(game, monk
 @pytest.mark.slow
 def test_a_game_interrupted_anywhere_ends_as_an_undisturbed_one(game, monkeypatch):
     train_apo.main([*ARGV, "--out_dir=a", "--save_every=2"])
-    with open("a/rounds.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv("a/rounds.csv")
     assert [(r["variant"], r["round"]) for r in rows] == [
         ("start", "0"), *((v, str(n)) for v in train_apo.VARIANTS for n in (1, 2)),
     ]  # fmt: skip

@@ -121,6 +121,9 @@ def test_bench_refuses_what_it_cannot_measure(workload, tmp_path):
     ):
         with pytest.raises(SystemExit, match=rf"^tools.bench: .*{message}"):
             bench.main([str(x) for x in argv])
+    (workload[0] / "config.json").write_text("{")
+    with pytest.raises(SystemExit, match="^tools.bench: .*not a valid JSON file"):
+        bench.main([str(workload[0]), "--batch_size=2"])
 
 
 # ---------------------------------------------------------------------- the estimate of memory

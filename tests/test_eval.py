@@ -9,6 +9,7 @@ time.
 
 import csv
 import gzip
+import importlib
 import json
 import random
 import re
@@ -41,6 +42,7 @@ from helpers import (
     json_of,
     lines_of,
     make_model,
+    read_csv,
     rows_of,
     run,
     tiny,
@@ -90,11 +92,6 @@ def write_csv(path, columns, rows):
         csv.writer(file).writerows([columns.split(), *rows])
 
 
-def read_csv(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
 def read_baseline(folder):
     packed = (folder / f"{eval_alpaca.BASELINE_FILE}.gz").read_bytes()
     return json.loads(gzip.decompress(packed))
@@ -103,11 +100,8 @@ def read_baseline(folder):
 def own_annotations(folder, seed=1):
     """A judge's opinions of a model that wins by its longer answers and on difficult questions."""
     rng, rows = random.Random(seed), []
-    baseline = json.loads(
-        gzip.decompress((folder / f"{eval_alpaca.BASELINE_FILE}.gz").read_bytes())
-    )
     difficulty = read_csv(folder / "instruction_difficulty.csv")
-    for row, d in zip(baseline, difficulty, strict=True):
+    for row, d in zip(read_baseline(folder), difficulty, strict=True):
         text = "y" * rng.randint(1, 600)
         z = 2 * np.tanh((len(text) - len(row["output"])) / 200) + float(d["instruction_difficulty"])
         wins = rng.random() < 1 / (1 + np.exp(1 - z))
@@ -119,9 +113,7 @@ def own_annotations(folder, seed=1):
 def naive_length_controlled(folder, rows):
     """AlpacaEval 2's rate from its files in plain steps; the fit coordinate by coordinate, each
     by bisection of the derivative."""
-    baseline = json.loads(
-        gzip.decompress((folder / f"{eval_alpaca.BASELINE_FILE}.gz").read_bytes())
-    )
+    baseline = read_baseline(folder)
     lengths = {r["instruction"]: len(r["output"]) for r in baseline}
     difficulty = {
         r["instruction"]: float(d["instruction_difficulty"])
@@ -882,6 +874,13 @@ def test_what_no_run_has_is_named_and_what_is_no_run_is_refused(tmp_path, capsys
             plots.main([str(folder), f"--out={tmp_path / 'g'}"])
     with pytest.raises(SystemExit, match="7 runs: more than 6 lines"):
         plots.main(["x"] * 7)
+
+
+def test_figures_without_matplotlib_are_refused_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "tools.plots")
+    with pytest.raises(SystemExit, match="matplotlib: pip install -r requirements-dev.txt$"):
+        importlib.import_module("tools.plots")  # as miniature.reproduce does before its work
 
 
 # ---------------------------------------------------------------------- whole commands

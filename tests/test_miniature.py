@@ -8,7 +8,6 @@ expressions, sampling against one row at a time without a cache.
 
 import cpu
 
-import csv
 import json
 import math
 import random
@@ -31,7 +30,17 @@ import report
 import train_ganpo
 from data import ChatEncoder, InputError, load_pairs, user_chat
 from generate import Answer, generate, pick, uniforms
-from helpers import ROOT, SHAPES, SMALL, command, lines_of, make_model, rows_of, wait_for
+from helpers import (
+    ROOT,
+    SHAPES,
+    SMALL,
+    command,
+    lines_of,
+    make_model,
+    read_csv,
+    rows_of,
+    wait_for,
+)
 from miniature import world
 from miniature.world import FAMILIES, Task, annotate, demonstrate, draw_tasks, judge
 
@@ -449,8 +458,7 @@ def test_a_run_in_the_miniature_ends_with_the_final_table_unless_eval_every_is_0
 ):
     monkeypatch.setattr(train_ganpo, "FINAL_PROMPTS", 8)
     train_ganpo.main(["--max_steps=1", "--out_dir=a"])
-    with open("a/final.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv("a/final.csv")
     assert [*rows[0]] == report.FINAL_COLUMNS and len(rows) == 9
     assert {row["temperature"] for row in rows} == {"0", "0.7", "1"}
     assert {row["n"] for row in rows} == {"8"}
@@ -460,8 +468,7 @@ def test_a_run_in_the_miniature_ends_with_the_final_table_unless_eval_every_is_0
     assert not (mini / "b" / "final.csv").exists() and rows_of("b/eval.csv") == []
     (mini / "a" / "final.csv").unlink()  # as if the run had been killed before it
     train_ganpo.main(["--max_steps=1", "--out_dir=a", "--resume"])
-    with open("a/final.csv") as file:
-        assert list(csv.DictReader(file)) == rows
+    assert read_csv("a/final.csv") == rows
 
 
 # ---------------------------------------------------------------------- the first command
@@ -480,8 +487,8 @@ def test_the_first_command_builds_trains_and_learns(tmp_path):
     # alone it takes two and a half minutes; here other tests run beside it
     done = command("train_ganpo.py", torchrun=1, cwd=tree, limit=900)
     assert done.returncode == 0, done.stderr
-    with (tree / "out/run-000/final.csv").open() as file:
-        rows = {(float(r["temperature"]), r["model"]): r for r in csv.DictReader(file)}
+    table = read_csv(tree / "out/run-000/final.csv")
+    rows = {(float(r["temperature"]), r["model"]): r for r in table}
     assert len(rows) == 9 and all(row["n"] == "1000" for row in rows.values())
     for temperature in (0.7, 1.0):
         for column in ("strict_acc", "mean_score"):
@@ -492,5 +499,4 @@ def test_the_first_command_builds_trains_and_learns(tmp_path):
     again = command("train_ganpo.py", "--max_steps=2", torchrun=2, cwd=tree, limit=900)
     assert again.returncode == 0, again.stderr
     assert "building" in done.stdout and "building" not in again.stdout
-    with (tree / "out/run-001/final.csv").open() as file:
-        assert [row["n"] for row in csv.DictReader(file)] == ["1000"] * 9
+    assert [row["n"] for row in read_csv(tree / "out/run-001/final.csv")] == ["1000"] * 9

@@ -3,18 +3,20 @@
 python -m pytest -q tests/test_reproduce.py
 """
 
-import csv
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import train_ganpo
-from helpers import SMALL
-from miniature import reproduce, world
+from helpers import build_small_worlds, read_csv
+from miniature import reproduce
 from miniature.reproduce import CELLS, QUICK, flags_of, run_cell
-from miniature.results import Grid, named_cells, verdict, with_error, write_results
+from miniature.results import Grid, named_cells, targets, verdict, with_error, write_results
 
 
 def test_every_cell_is_a_run_that_train_ganpo_takes_and_differs_from_the_others():
@@ -42,6 +44,39 @@ def test_a_95_percent_interval_decides():
     assert with_error(up[:1], 1) == "1.0" and with_error(np.array([1.0, np.nan]), 1) == "-"
 
 
+def test_a_target_whose_cells_have_no_accuracy_is_not_measured():
+    def grid(value):
+        return SimpleNamespace(values=lambda cell, key: np.array([50.0, value]))
+
+    assert [row[-2:] for row in targets(grid(np.nan))] == [("-", "not measured")] * 6
+    assert [row[-1] for row in targets(grid(50.0))].count("met") == 4  # those of at most 0
+
+
+def test_a_cell_that_fails_is_named_and_cells_that_wait_are_cancelled(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    cancelled, begun = threading.Event(), []
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, *args, **more):
+            super().shutdown(*args, **more)
+            cancelled.set()
+
+    def run_cell(seed, cell):
+        begun.append(cell)
+        if cell == "mild/dpo":
+            raise SystemExit("train_ganpo.py: no memory")
+        assert cancelled.wait(10)
+
+    monkeypatch.setattr(reproduce, "run_cell", run_cell)
+    with Pool(1) as pool, pytest.raises(SystemExit, match="no memory"):
+        reproduce.run_jobs(pool, [(10, cell) for cell in [*CELLS][:4]])
+    assert begun in (["mild/dpo"], ["mild/dpo", "mild/ganpo"])
+    said = capsys.readouterr().out
+    assert said == "failed: seed 10 mild/dpo; its log is out/reproduce/seed10/mild/dpo/log\n"
+
+
 @pytest.fixture(scope="module")
 def small_grid(tmp_path_factory):
     """Two worlds of seconds, three cells each, in a folder of their own."""
@@ -54,10 +89,7 @@ def small_grid(tmp_path_factory):
             "APO",
             ["--prompts=32", "--batch_size=8", "--max_new_tokens=32", "--rounds=2"],
         )
-        build = world.build
-        patch.setattr(
-            world, "build", lambda seed, log=print: build(seed, log=lambda line: 0, sizes=SMALL)
-        )
+        build_small_worlds(patch)
         cells, seeds = ["mild/dpo", "mild/ganpo", "over/paired"], [0, 1]
         for seed in seeds:
             reproduce.prepare(seed)
@@ -88,13 +120,13 @@ def test_a_small_grid_gives_tables_of_its_own_numbers(small_grid):
     assert re.search(r"\| Fig 4 \| the discriminator .* T = 2.0 \| r [+-]0\.\d\d", text)
     assert "| over/paired |" in text and (folder / "RESULTS.png").stat().st_size > 10_000
     rounds = [
-        {(r["variant"], r["round"]): r for r in csv.DictReader(path.open())}
+        {(r["variant"], r["round"]): r for r in read_csv(path)}
         for path in sorted(folder.glob("out/reproduce/seed?/apo/run/rounds.csv"))
     ]
     a, b = (float(r["apo", "2"]["rm_acc"]) - float(r["apo", "1"]["rm_acc"]) for r in rounds)
     assert f"| round 2 minus round 1 | {(a + b) / 2:+.1f} +- {abs(a - b) / 2:.1f} |" in text
-    with (folder / "RESULTS.csv").open() as file:
-        rows = {(r["seed"], r["cell"], r["temperature"]): r for r in csv.DictReader(file)}
+    table = read_csv(folder / "RESULTS.csv")
+    rows = {(r["seed"], r["cell"], r["temperature"]): r for r in table}
     assert len(rows) == 2 * 4 * 6  # with the reference
     assert float(rows["1", "mild/dpo", "0.7"]["strict_acc"]) == strict[1, "mild/dpo"]
 

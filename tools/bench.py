@@ -380,12 +380,13 @@ def last_object(command: list[str]) -> dict:
     done = subprocess.run(command, capture_output=True, text=True)
     try:
         found = json.loads(done.stdout.splitlines()[-1])
-        found.keys()
-        return found
-    except (IndexError, ValueError, AttributeError):
+    except (IndexError, ValueError):
+        found = None
+    if not isinstance(found, dict):
         raise InputError(
             f"{shlex.join(command)} printed no JSON object in its last line: {done.stderr[-300:]}"
-        ) from None
+        )
+    return found
 
 
 def versus(argv: list[str], other: str):
