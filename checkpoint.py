@@ -12,6 +12,7 @@ read with weights_only.
 Every function that takes a sharded model is collective: all ranks call it.
 """
 
+import copy
 import fcntl
 import hashlib
 import json
@@ -28,10 +29,11 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 
 import paired  # noqa: F401  it registers its critic, so that build_discriminator knows it
-from data import InputError, input_error_for
+from data import ChatEncoder, InputError, input_error_for
 from discriminator import build_discriminator
 from distributed import Trained, from_rank_0, print0
 from report import check_same, read_config
@@ -342,7 +344,9 @@ def load_state(out_dir: Path, manifest: dict, trained: Trained):
 def export_policy(policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path):
     """Writes the policy as a Hugging Face folder in its own precision.
 
-    A model that is loaded from it gives identical logits. The folder appears whole or not at all.
+    A model that is loaded from it gives identical logits, and generates with the settings that the
+    policy was loaded with; the template's end of turn is among its stops. The folder appears whole
+    or not at all.
     """
     weights, unfinished = {}, folder.with_name(".hf.unfinished")
     for name, value in policy.model.state_dict().items():
@@ -352,16 +356,28 @@ def export_policy(policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, f
     if dist.get_rank() == 0:
         with torch.device("meta"):  # a sharded model cannot save_pretrained; this one saves for it
             shell = type(policy.model)(policy.model.config)
-        if policy.model.can_generate():  # a reward model cannot
-            shell.generation_config = policy.model.generation_config
         for tied, source in shell.all_tied_weights_keys.items():  # gathered twice, stored once
             weights[tied] = weights[source]
         shutil.rmtree(unfinished, ignore_errors=True)
+        if policy.model.can_generate():  # a reward model cannot
+            settings = with_stop(policy.model.generation_config, ChatEncoder(tokenizer).end_of_turn)
+            shell.generation_config = GenerationConfig()
         shell.save_pretrained(unfinished, state_dict=weights)
+        if policy.model.can_generate():  # written here, because save_pretrained refuses some faults
+            settings.to_json_file(unfinished / GENERATION_CONFIG_NAME)
         tokenizer.save_pretrained(unfinished)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     dist.barrier()
+
+
+def with_stop(settings: GenerationConfig, end_of_turn: int) -> GenerationConfig:
+    """Returns a copy of settings in which generation also stops at end_of_turn."""
+    settings, stops = copy.deepcopy(settings), settings.eos_token_id
+    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+    if end_of_turn not in stops:
+        settings.eos_token_id = [*stops, end_of_turn]
+    return settings
 
 
 def save_discriminators(path: Path, critics: torch.nn.ModuleDict, settings: dict):

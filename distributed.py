@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from data import InputError, first_line
+from data import InputError, first_line, input_error_for
 
 # ---------------------------------------------------------------------- start and end
 
@@ -246,7 +246,9 @@ def load_sharded(
             raise InputError(first_line(error)) from None
         weights.update([*whole.named_parameters(), *whole.named_buffers()])
 
-    lm = shard(load(shell="meta"), mesh, dtype).to_empty(device=device)
+    with input_error_for(message.rstrip(":")):
+        shell = load(shell="meta")
+    lm = shard(shell, mesh, dtype).to_empty(device=device)
     from_rank_0(read, message)
     for name, x in [*lm.named_parameters(), *lm.named_buffers()]:
         value = (

@@ -41,7 +41,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from huggingface_hub import hf_hub_download
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import distributed
 from checkpoint import check_writable, load_discriminators, sha256, write_synced
@@ -68,7 +68,14 @@ from flags import (
     world_folder,
 )
 from generate import Answer, generate, quiet
-from policy import check_model_folder, read_tokenizer
+from policy import (
+    check_token_ids,
+    load_weights,
+    model_error_for,
+    positions_of,
+    read_any_config,
+    read_tokenizer,
+)
 from report import read_config
 from reward_model import RewardModel, hidden_states, read_reward_model
 from settings import build_miniature, is_miniature
@@ -180,21 +187,25 @@ class Writer:
 
     def __init__(self, name: str, flag: str, args, device: torch.device):
         self.name, self.flag, self.args, self.device, self._lm = name, flag, args, device, None
-        check_model_folder(name, flag)
+        self.config = read_any_config(name, flag)
         tokenizer = read_tokenizer(name, args.chat_template, flag)
         with input_error_for(f"{flag} {name}"):
-            self.config = AutoConfig.from_pretrained(name, trust_remote_code=False)
             self.encoder = ChatEncoder(tokenizer)
 
     @property
     def lm(self) -> PreTrainedModel:
         if self._lm is None:
             dtype = DTYPES[self.args.dtype]
-            with input_error_for(f"{self.flag} {self.name}"):
-                self._lm = AutoModelForCausalLM.from_pretrained(
-                    self.name, dtype=dtype, trust_remote_code=False
-                ).to(self.device)
+            with model_error_for(f"{self.flag} {self.name}"):
+                lm = load_weights(AutoModelForCausalLM, self.name, dtype=dtype)
+                self._lm = lm.to(self.device)
         return self._lm
+
+    def unfinished(self, n: int, out: Path, name: str) -> bool:
+        """Returns whether answers to n prompts are missing in the files out/name-T*."""
+        files = [answers_file(out, name, t) for t in self.args.temperatures]
+        rows = [f.read_text().count("\n") if f.exists() else 0 for f in files]
+        return min(rows) < n * self.args.samples
 
     def sampling(self, temperature: float) -> dict:
         """Returns the settings by which answers are drawn."""
@@ -427,14 +438,17 @@ class Critics:
             raise InputError(
                 f"{where}: these critics read h - h_ref, and this program loads no reference"
             )
-        size, own = self.critics["disc_pos"].project_in.in_features, writer.config.hidden_size
+        size, own = (
+            self.critics["disc_pos"].project_in.in_features,
+            writer.config.get_text_config().hidden_size,
+        )
         if size != own:
             raise InputError(f"{where}: for latents of size {size}; those of the model have {own}")
 
     @torch.inference_mode()
     def __call__(self, prompts: list[Prompt], texts: list[str], batch_size: int = 32) -> list[dict]:
         encoder, rows = self.writer.encoder, []
-        limit = self.writer.config.max_position_embeddings
+        limit = positions_of(self.writer.config)
         ids = [
             encoder.answer_ids(user_chat(p.instruction), encoder.plain(text))[:limit]
             for p, text in zip(prompts, texts, strict=True)
@@ -523,7 +537,7 @@ def check_input(args, device: torch.device) -> SimpleNamespace:
     check_writable(Path(args.out), "--out")
     prompts = read_prompts(args)
     writer = Writer(args.model, "--model", args, device)
-    positions = writer.config.max_position_embeddings
+    positions = positions_of(writer.config)
     room = positions - args.max_new_tokens
     if room < LEAST_ROOM:
         left = f"leaves {max(room, 0)} of the model's {positions} positions for the prompt"
@@ -538,6 +552,9 @@ def check_input(args, device: torch.device) -> SimpleNamespace:
         outputs = [[row["output"]] * args.samples for row in rows]
     elif args.baseline:
         baseline = Writer(args.baseline, "--baseline", args, device)
+    chats = [user_chat(p.instruction) for p in prompts]
+    for who in filter(None, (writer, baseline)):
+        check_token_ids(map(who.encoder.prompt_ids, chats), who.config, f"{who.flag} {who.name}")
     for name, who in (("model", writer), ("baseline", baseline)):
         for temperature in args.temperatures if who else ():
             path = answers_file(Path(args.out), name, temperature)
@@ -549,7 +566,9 @@ def check_input(args, device: torch.device) -> SimpleNamespace:
     elif args.judge == "ifeval":
         judge = IFEval(prompts)
     if args.reward_model:
-        read_reward_model(args.reward_model)
+        encoder, config = read_reward_model(args.reward_model)
+        whose = f"--reward_model {args.reward_model}"
+        check_token_ids(map(encoder.prompt_ids, chats), config, whose)
     if args.score_discriminators:
         critics = Critics(args.score_discriminators, writer)
     return SimpleNamespace(
@@ -613,6 +632,9 @@ def evaluate(args, device: torch.device) -> tuple[list[dict], list[dict]]:
         print0(f"{longer}; the middle of these is left out")
     out = Path(args.out)
     distributed.from_rank_0(lambda: out.mkdir(parents=True, exist_ok=True), "--out")
+    for name, who in (("model", writer), ("baseline", inputs.baseline)):
+        if who and who.unfinished(len(prompts), out, name):
+            who.lm  # noqa: B018  read now, so that none writes if the other cannot be used
     results, scores, settings = [], [], {"model": args.model, "baseline": args.baseline}
     for temperature in args.temperatures:
         rows = examine(writer.answers(prompts, temperature, out, "model"), own=True)

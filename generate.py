@@ -30,9 +30,16 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import distributed
-from data import ChatEncoder, InputError, input_error_for, user_chat
+from data import ChatEncoder, InputError, user_chat
 from flags import Parser, at_least_0, count, natural, refuse
-from policy import check_model_folder, read_tokenizer
+from policy import (
+    check_token_ids,
+    load_weights,
+    model_error_for,
+    positions_of,
+    read_any_config,
+    read_tokenizer,
+)
 
 COMPACT_BELOW = 0.75  # with a smaller share of unfinished rows, finished ones leave the batch
 
@@ -103,7 +110,8 @@ def generate(
     model's positions; with cut_prompts a prompt that is too long loses its middle instead.
     """
     prompts = [encoder.prompt_ids(messages) for messages in conversations]
-    positions = lm.config.max_position_embeddings
+    check_token_ids(prompts, lm.config)
+    positions = positions_of(lm.config)
     if cut_prompts:
         room = positions - max_new_tokens
         prompts = [p if len(p) <= room else p[: room // 2] + p[room // 2 - room :] for p in prompts]
@@ -210,14 +218,12 @@ def main(argv: list[str] | None = None):
     quiet()
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
-        check_model_folder(args.model)
+        read_any_config(args.model)
         encoder = ChatEncoder(read_tokenizer(args.model, args.chat_template))
         settings = {k: getattr(args, k) for k in ("temperature", "max_new_tokens", "seed")}
         with distributed.session(timeout=600) as device:  # for the number of threads
-            with input_error_for(f"--model {args.model}"):
-                lm = AutoModelForCausalLM.from_pretrained(
-                    args.model, dtype="auto", trust_remote_code=False
-                ).to(device)
+            with model_error_for(f"--model {args.model}"):
+                lm = load_weights(AutoModelForCausalLM, args.model, dtype="auto").to(device)
             answers = generate(lm, encoder, [user_chat(p) for p in args.prompts], **settings)
     except (InputError, OSError) as error:
         refuse("generate.py", error)

@@ -12,15 +12,33 @@ the same function of the weights. Shapes: N = 2b texts, R response tokens, H hid
 """
 
 import functools
-from collections.abc import Callable
+import json
+import zipfile
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+)
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    find_adapter_config_file,
+)
 
 import attention
 from data import InputError, input_error_for, is_local
@@ -45,6 +63,7 @@ class PackedLM(nn.Module):
     """
 
     auto, settings = AutoModelForCausalLM, {}  # the class that load_lm builds, and its arguments
+    new, unused = (), ()  # what load_weights allows
 
     def __init__(self, model, attention_kind: str = "loop"):
         super().__init__()
@@ -123,38 +142,166 @@ def at_least_fp32(x: Tensor) -> Tensor:
 # sinks), so it has to be added to that test first.
 FAMILIES = ("gemma2", "llama", "mistral", "qwen2", "qwen3")
 
+LFS = b"version https://git-lfs.github.com/spec/"  # how a pointer file of Git LFS begins
+MERGE = (
+    "merge it first (peft: AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload()"
+    ".save_pretrained(FOLDER), and the tokenizer's save_pretrained(FOLDER)) and pass FOLDER"
+)
+NAMES_SHOWN = 3  # of the weights that are missing, say; the others are counted
+
 
 def check_config(config: PretrainedConfig, max_length: int):
-    """Raises ValueError if the model is not in FAMILIES or has fewer than max_length positions."""
+    """Raises ValueError if the model is not in FAMILIES, if the angles of its positions depend on
+    the other texts of a batch, or if it has fewer than max_length positions."""
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"model type {config.model_type!r} is not supported; these are: {', '.join(FAMILIES)}"
         )
-    positions = config.max_position_embeddings
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in (
+        part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)
+    ):
+        if kind and (kind == "longrope" or "dynamic" in kind):
+            raise ValueError(
+                f"position scaling {kind!r} is not supported: its angles depend on the longest"
+                " text of a batch, so a pair's log-probabilities would depend on the other pairs"
+            )
+    positions = positions_of(config)
     if max_length > positions:
         raise ValueError(f"--max_length {max_length} is beyond the model's {positions} positions")
 
 
+def positions_of(config: PretrainedConfig) -> int:
+    """Returns the number of positions of a text; raises InputError if the config names none."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        raise InputError(
+            f"model type {config.model_type!r} is not supported: its config has no"
+            " max_position_embeddings, the number of tokens that a text may have"
+        )
+    return positions
+
+
+def check_token_ids(texts: Iterable, config: PretrainedConfig, whose: str = "the model"):
+    """Raises InputError if a text, a sequence of token ids, has one beyond the embedding."""
+    vocabulary = config.get_text_config().vocab_size
+    largest = max((int(np.max(ids)) for ids in texts if len(ids)), default=0)
+    if largest >= vocabulary:
+        raise InputError(
+            f"token id {largest} is beyond the vocabulary of {whose}, {vocabulary} tokens"
+        )
+
+
+@contextmanager
+def model_error_for(what: str):
+    """Turns any exception of a `with` block into an InputError of one line that begins with `what`.
+
+    Unlike data.input_error_for it gives the whole first sentence, which transformers may spread
+    over several lines.
+    """
+    try:
+        yield
+    except Exception as error:
+        lines = str(error.__cause__ or error).split("\n")
+        ends = [i for i, line in enumerate(lines, 1) if line.rstrip().endswith((".", "!", "?"))]
+        text = " ".join(" ".join(lines[: min(ends, default=len(lines))]).split())
+        raise InputError(f"{what}: {text or type(error).__name__}") from None
+
+
 def check_model_folder(name: str, flag: str = "--model"):
-    """Raises InputError, which names `flag`, for a folder that is missing or has no weights."""
+    """Raises InputError, which names `flag`, if a folder's weights are not plain and whole files.
+
+    Only the beginnings and sizes of files are read. A Hub id is checked for an adapter alone.
+    """
     folder = Path(name)
-    if not folder.is_dir():
-        if is_local(name):
-            raise InputError(f"{flag} {name}: no such folder")
-        return  # a Hub id
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise InputError(f"{flag} {name}: a model folder without weights")
+    if not folder.is_dir() and is_local(name):
+        raise InputError(f"{flag} {name}: no such folder")
+    with model_error_for(f"{flag} {name}"):
+        if find_adapter_config_file(name):
+            raise InputError(f"holds an adapter, which is no whole model: {MERGE}")
+        if folder.is_dir():
+            if (folder / "tokenizer.json").is_file():
+                refuse_lfs_pointer(folder / "tokenizer.json")
+            for path in weight_files(folder):
+                check_weight_file(path)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the files of weights that transformers reads in a folder.
+
+    Raises InputError if there are none, or if one that the index names is not there.
+    """
+    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        raise InputError(f"a model folder without weights: none of {', '.join(names)} is there")
+    if path.suffix != ".json":
+        return [path]
+    refuse_lfs_pointer(path)
+    shards = sorted({*json.loads(path.read_text())["weight_map"].values()})
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        more = f" ({len(missing)} of {len(shards)} files are missing)"
+        raise InputError(f"{path.name} names {missing[0]}, which is not there{more}")
+    return [folder / shard for shard in shards]
+
+
+def check_weight_file(path: Path):
+    """Raises InputError if a file is a Git LFS pointer, or cut or damaged, and not weights."""
+    refuse_lfs_pointer(path)
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):  # compares the header with the file's size
+                return
+        with path.open("rb") as file:
+            old = file.read(1) == b"\x80"  # before torch 1.6 it was a pickle and no zip archive
+        if old or zipfile.is_zipfile(path):
+            return
+        reason = "not a zip archive of torch.save"
+    except SafetensorError as error:
+        reason = str(error)
+    size = path.stat().st_size
+    raise InputError(f"{path.name} is cut or damaged ({size:,} bytes; {reason}): fetch it again")
+
+
+def refuse_lfs_pointer(path: Path):
+    """Raises InputError if a file only says where Git LFS keeps the real one."""
+    with path.open("rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise InputError(
+                f"{path.name} is a Git LFS pointer, not the file itself: run `git lfs pull` in"
+                f" {path.parent}"
+            )
+
+
+def read_any_config(name: str, flag: str = "--model") -> PretrainedConfig:
+    """Returns the config of a folder or Hub id of any family, before any weight is read.
+
+    Raises InputError, which begins with `flag`, if there is no config, if check_model_folder
+    refuses the folder, if the weights are quantised, or if the positions are not known.
+    """
+    check_model_folder(name, flag)
+    with model_error_for(f"{flag} {name}"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        quantised = getattr(config, "quantization_config", None)
+        quantised = quantised or getattr(config.get_text_config(), "quantization_config", None)
+        if quantised:
+            kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+            raise InputError(
+                f"the weights are quantised ({kind}), which is not supported: pass the model that"
+                " was quantised, in float32, bfloat16 or float16"
+            )
+        positions_of(config)
+    return config
 
 
 def read_model_config(name: str, max_length: int, flag: str = "--model") -> PretrainedConfig:
-    """Returns the config of a folder or Hub id, before any weight is read.
+    """Returns the config of a model that can be trained, a folder or Hub id, as read_any_config.
 
-    Raises InputError, which begins with `flag`, if there is no config, if a folder has no weights,
-    or if check_config refuses the model.
+    Also raises InputError if check_config refuses the model.
     """
-    check_model_folder(name, flag)
-    with input_error_for(f"{flag} {name}"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    config = read_any_config(name, flag)
+    with model_error_for(f"{flag} {name}"):
         check_config(config, max_length)
     return config
 
@@ -164,12 +311,71 @@ def read_tokenizer(name: str, chat_template: str | None = None, flag: str = "--m
 
     Raises InputError, which begins with `flag`, if either cannot be read.
     """
-    with input_error_for(f"{flag} {name}"):
+    with model_error_for(f"{flag} {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if chat_template:
         with input_error_for("--chat_template"):
             tokenizer.chat_template = Path(chat_template).read_text()
     return tokenizer
+
+
+def load_weights(auto, name: str, new: tuple = (), unused: tuple = (), **settings):
+    """Returns a model of a folder or Hub id, all of whose weights are those of its files.
+
+    auto is the class of transformers that reads it, settings are arguments of its from_pretrained.
+    If the files are those of another class, `new` names weights that may be missing and are then
+    drawn at random, which a printed line says, and `unused` names weights of the files that may be
+    left out. Raises InputError if any other name is missing, unexpected or of another shape.
+    """
+    model, found = auto.from_pretrained(
+        name, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False,
+        **settings,
+    )  # fmt: skip
+    missing, unexpected = (set(found[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
+    shapes = {
+        f"{key} {tuple(theirs)} in place of {tuple(ours)}"
+        for key, theirs, ours in found["mismatched_keys"]
+    }
+    if type(model).__name__ in (model.config.architectures or ()):
+        new = unused = ()  # the files are those of such a model
+    drawn, untied = missing & {*new}, set()
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and model.config.tie_word_embeddings and model._tied_weights_keys:
+        if head.weight is not embedding.weight:
+            untied = {"config.json ties the embeddings, but the files hold two different ones"}
+    kinds = {
+        "missing": missing - drawn,
+        "unexpected": unexpected - {*unused},
+        "of another shape": shapes,
+        "contradictory": untied,
+    }
+    faults = [f"{kind}: {first_names(names)}" for kind, names in kinds.items() if names]
+    if faults:
+        adapter = any(
+            "lora_" in n or "base_layer" in n or "base_model.model." in n for n in unexpected
+        )
+        more = f"; these are weights of an adapter: {MERGE}" if adapter else ""
+        kind = type(model).__name__
+        raise InputError(f"the weights are not those of {kind}: {'; '.join(faults)}{more}")
+    if drawn:
+        print(f"{name} has no {first_names(drawn)}: it is new and drawn at random", flush=True)
+    return model
+
+
+def first_names(names: set[str]) -> str:
+    """Returns the first names in one line, and how many more there are."""
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(sorted(names)[:NAMES_SHOWN]) + more
+
+
+def generation_settings(name: str) -> GenerationConfig:
+    """Returns how a folder or Hub id generates, as transformers reads it beside the weights."""
+    try:
+        return GenerationConfig.from_pretrained(name)
+    except OSError:  # without a file of its own it is part of config.json
+        return GenerationConfig.from_pretrained(
+            name, config_file_name="config.json", _from_model_config=True
+        )
 
 
 def load_lm(
@@ -186,14 +392,16 @@ def load_lm(
     again in backward. shell is a device such as "meta": the same module is then made there without
     its weights being read. wrapper is PackedLM or a subclass.
     """
-    own_code = dict(trust_remote_code=False) | wrapper.settings
     settings = dict(attn_implementation=attention.NAME, dtype=dtype)
     if shell is None:
-        model = wrapper.auto.from_pretrained(name, **own_code, **settings)
+        allowed = dict(new=wrapper.new, unused=wrapper.unused)
+        model = load_weights(wrapper.auto, name, **allowed, **wrapper.settings, **settings)
     else:
-        config = AutoConfig.from_pretrained(name, **own_code)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **wrapper.settings)
         with torch.device(shell):
             model = wrapper.auto.from_config(config, trust_remote_code=False, **settings)
+        if model.can_generate():  # from_config leaves these settings out, and the export has them
+            model.generation_config = generation_settings(name)
     model.eval()  # for good: dropout would make policy and reference differ before the first step
     if checkpointing:
         for layer in model.base_model.layers:
@@ -237,7 +445,8 @@ def least_memory(
 
 def parameters_of(name: str) -> int:
     """Returns the number of parameters of a folder or Hub id; tied ones count once."""
-    lm = load_lm(name, torch.float32, shell="meta")
+    with model_error_for(name):
+        lm = load_lm(name, torch.float32, shell="meta")
     return sum(p.numel() for p in lm.parameters())
 
 

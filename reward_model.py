@@ -13,6 +13,7 @@ train_ganpo.py: b pairs of a micro-batch, B pairs of a step or data set, N texts
 
 import cpu  # noqa: F401  must come before torch
 
+import copy
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -24,7 +25,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
@@ -62,8 +62,12 @@ from packing import Packed, batch_indices, pack, plan_forwards
 from policy import (
     PackedLM,
     at_least_fp32,
-    check_model_folder,
+    check_token_ids,
     load_lm,
+    load_weights,
+    model_error_for,
+    positions_of,
+    read_any_config,
     read_model_config,
     read_tokenizer,
 )
@@ -78,6 +82,8 @@ class RewardLM(PackedLM):
     """PackedLM with a scalar head at the last token of each text."""
 
     auto, settings = AutoModelForSequenceClassification, {"num_labels": 1}
+    # --model may be a causal LM, whose head of logits is left out
+    new, unused = ("score.weight",), ("lm_head.weight",)
 
     def forward(self, batch: Packed) -> Tensor:
         """Returns rewards (2b,) in float32 or higher: b chosen answers, then b rejected ones."""
@@ -91,17 +97,21 @@ def head(model: PreTrainedModel, h: Tensor) -> Tensor:
     return at_least_fp32(model.score(h)).sum(-1)  # a sum of one value: FSDP2 allows no view here
 
 
+def is_classifier(config: PretrainedConfig) -> bool:
+    """Returns whether a config's model has a head of labels and not one of logits."""
+    return any("SequenceClassification" in name for name in config.architectures or ())
+
+
 def read_reward_model(name: str, flag: str = "--reward_model") -> tuple:
     """Returns ChatEncoder and config of a reward model, a folder or Hub id; reads no weight.
 
     Raises InputError, which begins with `flag`, if it is not a sequence classifier with one label.
     """
-    check_model_folder(name, flag)
+    config = read_any_config(name, flag)
     tokenizer = read_tokenizer(name, flag=flag)
     with input_error_for(f"{flag} {name}"):
         encoder = ChatEncoder(tokenizer)
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        if not any("SequenceClassification" in a for a in config.architectures or ()):
+        if not is_classifier(config):
             raise InputError("not a reward model: it is no AutoModelForSequenceClassification")
         if config.num_labels != 1:
             raise InputError(f"not a reward model: it has {config.num_labels} labels, not one")
@@ -113,8 +123,11 @@ class RewardModel:
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype = torch.float32):
         self.encoder, _ = read_reward_model(name)
-        with input_error_for(f"--reward_model {name}"):
-            model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype)
+        with model_error_for(f"--reward_model {name}"):
+            model = load_weights(AutoModelForSequenceClassification, name, dtype=dtype)
+            if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+                kind = type(model).__name__
+                raise InputError(f"{kind} is not supported: its head is no linear layer `score`")
         self.model = model.to(device).eval()
 
     @torch.inference_mode()
@@ -123,11 +136,12 @@ class RewardModel:
 
         A text that is longer than the model's positions loses its end.
         """
-        limit = self.model.config.max_position_embeddings
+        limit = positions_of(self.model.config)
         texts = [
             self.encoder.whole(messages, self.encoder.plain(answer))[:limit]
             for messages, answer in zip(conversations, answers, strict=True)
         ]
+        check_token_ids(texts, self.model.config, "the reward model")
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         rewards = [0.0] * len(texts)
         for first in range(0, len(order), batch_size):
@@ -166,6 +180,18 @@ def with_tail(triplets: list[Triplet], encoder: ChatEncoder) -> list[Triplet]:
         return np.append(ids, encoder.tail).astype(ids.dtype) if whole else ids
 
     return [t._replace(chosen=add(t.chosen), rejected=add(t.rejected)) for t in triplets]
+
+
+def padding_token(encoder: ChatEncoder, config: PretrainedConfig) -> int | None:
+    """Returns the id of a token for padding, the tokenizer's own one if that can be used.
+
+    In transformers a reward model's own forward reads the reward at the last token that is not
+    padding. So the token must not be the last one of a text. None if there is no such token.
+    """
+    of, last = encoder.tokenizer, (encoder.tail or [encoder.end_of_turn])[-1]
+    own = (of.pad_token_id, of.unk_token_id, of.bos_token_id, of.eos_token_id)
+    known = (i for i in (*own, *sorted(encoder.special_ids)) if i is not None)
+    return next((i for i in known if i != last and i < config.vocab_size), None)
 
 
 def plain_loss(chosen: Tensor, rejected: Tensor, rows: tuple) -> Tensor:
@@ -313,6 +339,8 @@ def check_input(args) -> tuple:
         fewer = f"fewer pairs than --batch_size {args.batch_size}"
         raise InputError(f"{args.dataset}: {fewer}: {data.summary()}")
     held_out = load_held_out(args, tokenizer, length, print0) if args.eval_split else None
+    triplets = data.triplets + (held_out.triplets if held_out else [])
+    check_token_ids((ids for t in triplets for ids in t[:3]), config, f"--model {args.model}")
     return tokenizer, config, data, held_out
 
 
@@ -338,7 +366,8 @@ def learn(
     torch.manual_seed(args.seed)  # the new head is drawn at random
     mesh = distributed.make_mesh(device)
     lm = distributed.load_sharded(loader, mesh, device, dtype, f"--model {args.model}:")
-    lm.model.config.pad_token_id = tokenizer.pad_token_id  # for programs that pad
+    tokenizer = copy.deepcopy(tokenizer)  # its padding is the reward model's alone
+    lm.model.config.pad_token_id = tokenizer.pad_token_id = padding_token(encoder, config)
     fit(lm, with_tail(triplets, encoder), args, device, out_dir, pair_loss)
     found = None
     if held_out:

@@ -76,7 +76,7 @@ from flags import (
 from generate import quiet
 from losses import bradley_terry_loss
 from miniature.world import read_tasks
-from policy import read_model_config, read_tokenizer
+from policy import check_token_ids, read_model_config, read_tokenizer
 from reward_model import RewardModel
 from settings import build_miniature, is_miniature
 from settings import parse_args as parse_ganpo_args
@@ -195,6 +195,8 @@ class Game:
         if not held_out.triplets:
             raise InputError(f"--held_out {args.held_out}: {held_out.summary()}")
         self.human, self.held_out = human.triplets, held_out.triplets
+        texts = (ids for t in self.human + self.held_out for ids in t[:3])
+        check_token_ids(texts, self.config, f"--model {args.model}")
         golden = list(read_golden(args.golden).items())[: args.prompts]
         self.prompts = [Prompt(prompt, "golden", {}) for prompt, _ in golden]
         self.golden = [answer for _, answer in golden]

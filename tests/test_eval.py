@@ -768,6 +768,103 @@ def test_the_rm_judge_compares_rewards(exam, reward_folder, tmp_path):
     assert results[1]["strict_acc"] is None
 
 
+# ---------------------------------------------------------------------- exported folders
+
+
+def write_settings(folder, **settings):
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+
+
+def own_answers(folder):
+    """What transformers' own generate writes for five prompts, one at a time."""
+    lm = AutoModelForCausalLM.from_pretrained(folder).eval()
+    answers = []
+    for text in ("abc", "fade a bed", "face", "a", "cafe bead"):
+        ids = torch.tensor([ChatEncoder(tiny()).prompt_ids(user_chat(text))])
+        answers.append(lm.generate(ids, max_new_tokens=20)[0, ids.shape[1] :].tolist())
+    return answers
+
+
+@pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
+def test_at_learning_rate_0_the_export_generates_as_its_base_does(where, tiny_world, tmp_path):
+    base = tmp_path / "base"
+    make_model(base)
+    # a temperature without sampling is a fault, for which transformers refuses to save
+    settings = {"temperature": 0.6, "repetition_penalty": 1.3, "eos_token_id": [1, 2]}
+    if where == "config.json":
+        (base / where).write_text(json.dumps(json_of(base / where) | settings))
+        (base / "generation_config.json").unlink()
+    else:
+        write_settings(base, **settings)
+    free = own_answers(base)
+    assert not {1, 2, 5} & {token for answer in free for token in answer}
+    if where != "config.json":  # now the base stops early
+        settings["eos_token_id"] = [1, free[0][3], free[2][7]]
+        write_settings(base, **settings)
+    run(tiny_world, tmp_path / "r", f"--model={base}", "--lr=0", "--max_steps=1")
+    stopped = own_answers(base)
+    assert own_answers(tmp_path / "r" / "hf") == stopped
+    assert (stopped != free) == (where != "config.json")
+    exported = json_of(tmp_path / "r" / "hf" / "generation_config.json")
+    end = ChatEncoder(tiny()).end_of_turn
+    assert exported["eos_token_id"] == [*settings["eos_token_id"], end]
+    assert exported["repetition_penalty"] == 1.3 and exported["temperature"] == 0.6
+    run(tiny_world, tmp_path / "s", f"--model={tmp_path / 'r' / 'hf'}", "--max_steps=1")
+    assert json_of(tmp_path / "s" / "hf" / "generation_config.json") == exported
+
+
+@pytest.mark.parametrize("pad", [None, "</s>", "<|end|>"])
+def test_an_exported_reward_model_scores_in_batches_as_text_by_text(pad, tiny_world, tmp_path):
+    """Also if the tokenizer pads with the end of turn, at which the reward is read."""
+    world_here = shutil.copytree(tiny_world, tmp_path / "world")
+    tokenizer = AutoTokenizer.from_pretrained(world_here / "llama")
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>\n", "<|end|>")
+    tokenizer.pad_token = pad
+    tokenizer.save_pretrained(world_here / "llama")
+    train_rewards(world_here, tmp_path / "r")
+    folder, rows = tmp_path / "r" / "hf", lines_of(tiny_world / "train.jsonl")[:6]
+    chats = [[*user_chat(r["prompt"]), {"role": "assistant", "content": r["chosen"]}] for r in rows]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if pad == "</s>":
+        assert tokenizer.pad_token == pad
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    assert model.config.pad_token_id == tokenizer.pad_token_id is not None
+    batch = tokenizer.apply_chat_template(
+        chats, padding=True, return_dict=True, return_tensors="pt"
+    )
+    assert not batch["attention_mask"].all()
+    with torch.no_grad():
+        rewards = model(**batch).logits[:, 0].tolist()
+    rm = RewardModel(str(folder), torch.device("cpu"))
+    ours = rm.score([user_chat(r["prompt"]) for r in rows], [r["chosen"] for r in rows])
+    assert rewards == pytest.approx(ours, abs=1e-5)
+
+
+def test_the_text_part_of_a_multimodal_model_answers(exam, tmp_path):
+    text = json_of(exam / "model" / "config.json") | {"model_type": "gemma3_text", "head_dim": 8}
+    text = {k: v for k, v in text.items() if k not in ("architectures", "rope_parameters")}
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, image_size=28)
+    vision |= dict(num_attention_heads=2, patch_size=14)
+    tokens = dict(image_token_index=299, boi_token_index=298, eoi_token_index=297)
+    config = AutoConfig.for_model(
+        "gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    tiny().save_pretrained(tmp_path / "m")
+    assert not hasattr(AutoConfig.from_pretrained(tmp_path / "m"), "max_position_embeddings")
+    results, _ = examine(exam, tmp_path / "e", f"--model={tmp_path / 'm'}")
+    assert [r["n"] for r in results] == [12, 12]
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    row = lines_of(tmp_path / "e" / "model-T0.jsonl")[0]
+    task = lines_of(exam / "prompts.jsonl")[0]["prompt"]
+    ids = torch.tensor([ChatEncoder(tiny()).prompt_ids(user_chat(task))])
+    own = lm.generate(ids, max_new_tokens=row["tokens"], do_sample=False)[0, ids.shape[1] :]
+    assert tiny().decode(own) == row["text"]
+    with pytest.raises(SystemExit, match="--max_new_tokens 500 leaves 0 of the model's 256"):
+        examine(exam, tmp_path / "f", f"--model={tmp_path / 'm'}", "--max_new_tokens=500")
+
+
 # ---------------------------------------------------------------------- pictures
 
 

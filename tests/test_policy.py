@@ -6,14 +6,22 @@ The oracle is naive: one text at a time through the model's own forward, without
 """
 
 import json
+import random
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import eval_alpaca
+import generate
 import policy
+import reward_model
 import train_ganpo
+from data import InputError
 from helpers import (
     LENGTHS,
     LN2,
@@ -27,7 +35,9 @@ from helpers import (
     run,
     tiny,
     triplets_for,
+    write_lines,
 )
+from miniature import world
 from packing import pack
 from policy import load_lm
 
@@ -124,7 +134,7 @@ def test_other_models_than_the_checked_ones_are_refused(tiny_world, tmp_path):
     config = AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=1)
     config.save_pretrained(tmp_path / "gpt2")
     tiny().save_pretrained(tmp_path / "gpt2")
-    (tmp_path / "gpt2" / "model.safetensors").write_bytes(b"weights that nobody reads")
+    save_file({}, tmp_path / "gpt2" / "model.safetensors")  # weights that nobody reads
     with pytest.raises(SystemExit, match="'gpt2' is not supported; these are: "):
         train_ganpo.main(flags(tiny_world, tmp_path / "r", f"--model={tmp_path / 'gpt2'}"))
 
@@ -142,6 +152,273 @@ def test_a_models_own_code_is_never_run(tiny_world, tmp_path):
     done = command("generate.py", "--model", evil, "hello", limit=60)
     assert done.returncode == 1 and done.stderr.startswith("generate.py: ")
     assert not (tmp_path / "ran").exists()
+
+
+# ---------------------------------------------------------------------- what is not the weights
+
+
+def make_reward_model(folder, base):
+    """A reward model of random head on a base's weights; returns its folder as text."""
+    torch.manual_seed(5)
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=1).save_pretrained(folder)
+    tiny().save_pretrained(folder)
+    return str(folder)
+
+
+def programs(world_folder, out, model, reward=False):
+    """Every program that reads a model, with command lines that give it this one."""
+    good, pairs = world_folder / "llama", world_folder / "train.jsonl"
+    out.mkdir(exist_ok=True)
+    tasks = world.draw_tasks(random.Random(0), 2, distinct=True)
+    prompts = write_lines(out / "prompts.jsonl", [t._asdict() for t in tasks])
+    exam = [f"--prompts={prompts}", f"--out={out / 'e'}", "--max_new_tokens=4", "--temperatures=0"]
+    learn = [f"--dataset={pairs}", f"--out_dir={out / 'r'}", "--batch_size=8", "--max_length=64"]
+    yield reward_model, [f"--model={model}", *learn]
+    if reward:
+        yield eval_alpaca, [f"--model={good}", f"--reward_model={model}", *exam]
+        return
+    plain = flags(world_folder, out / "s", "--loss=simpo", "--lambda_adv=0")
+    yield train_ganpo, [*plain, f"--model={model}"]
+    yield train_ganpo, flags(world_folder, out / "t", f"--ref_model={model}")
+    yield generate, [f"--model={model}", "hello"]
+    yield eval_alpaca, [f"--model={model}", *exam]
+    yield eval_alpaca, [f"--model={good}", f"--baseline={model}", *exam]
+
+
+def refused_by_all(message, world_folder, out, model, reward=False):
+    """Asserts that each program ends with one line of that form, with nothing learnt or written."""
+    for program, argv in programs(world_folder, out, model, reward):
+        if "from one of" in message and f"--ref_model={model}" in argv:
+            continue  # a reference's tokenizer is not read
+        with pytest.raises(SystemExit) as stop:
+            program.main(argv)
+        assert re.search(message, str(stop.value)), (program, stop.value)
+        assert f"{model}: " in str(stop.value) and "\n" not in str(stop.value)
+        assert not [*out.glob("*/metrics.csv"), *out.glob("e/*"), *out.glob("*/hf")]
+
+
+def renamed(old, new):
+    return lambda weights: {k.replace(old, new, 1): v for k, v in weights.items()}
+
+
+def without(name):
+    return lambda weights: {k: v for k, v in weights.items() if k != name}
+
+
+ONE = "model.layers.1.mlp.up_proj.weight"
+WRONG_WEIGHTS = {  # how a file differs, and what is said
+    "a LoRA's": (
+        renamed("q_proj.weight", "q_proj.base_layer.weight"),
+        r"missing: model.layers.0.self_attn.q_proj.weight, .*; unexpected: .*base_layer.*merge it",
+    ),
+    "a prefix of peft": (
+        lambda weights: {f"base_model.model.{k}": v for k, v in weights.items()},
+        r"missing: [^;]* and \d+ more; unexpected: base_model.model.[^;]* and \d+ more; .*merge it",
+    ),
+    "a prefix of torch.compile": (
+        lambda weights: {f"_orig_mod.{k}": v for k, v in weights.items()},
+        r"missing: [^;]* and \d+ more; unexpected: _orig_mod.[^;]* and \d+ more$",
+    ),
+    "one missing": (without(ONE), f"missing: {ONE}$"),
+    "one too many": (lambda w: w | {"model.extra": torch.ones(2)}, "unexpected: model.extra$"),
+    "another shape": (
+        lambda w: w | {ONE: torch.ones(47, 32)},
+        rf"of another shape: {ONE} \(47, 32\) in place of \(48, 32\)$",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_WEIGHTS)
+def test_weights_that_are_not_the_models_are_refused_by_every_program(kind, tiny_world, tmp_path):
+    change, message = WRONG_WEIGHTS[kind]
+    model = shutil.copytree(tiny_world / "llama", tmp_path / "model")
+    head = make_reward_model(tmp_path / "reward", tiny_world / "llama")
+    for folder in (model, tmp_path / "reward"):
+        file = folder / "model.safetensors"
+        save_file(change(load_file(file)), file, {"format": "pt"})
+    refused_by_all(message, tiny_world, tmp_path / "out", model)
+    refused_by_all(message, tiny_world, tmp_path / "rewards", head, reward=True)
+    with pytest.raises(InputError, match=message):
+        world.examine(str(model), [], 0.0, 0)
+
+
+def test_only_training_from_a_causal_lm_draws_a_new_head_and_says_so(tiny_world, tmp_path, capsys):
+    said = r"llama has no score.weight: it is new and drawn at random"
+    out = [f"--out_dir={tmp_path / n}" for n in "abc"]
+    (program, argv), *_ = programs(tiny_world, tmp_path / "o", tiny_world / "llama")
+    program.main([*argv, out[0]])
+    assert re.search(said, capsys.readouterr().out)
+    (_, argv), *_ = programs(tiny_world, tmp_path / "o", tmp_path / "a" / "hf")
+    program.main([*argv, out[1]])  # a reward model learns on with its head
+    assert "score.weight" not in capsys.readouterr().out
+    file = tmp_path / "a" / "hf" / "model.safetensors"
+    save_file(without("score.weight")(load_file(file)), file, {"format": "pt"})
+    refused_by_all("missing: score.weight", tiny_world, tmp_path / "p", file.parent, reward=True)
+
+
+def test_a_config_that_ties_two_different_embeddings_is_refused(tiny_world, tmp_path):
+    model = shutil.copytree(tiny_world / "llama", tmp_path / "model")
+    change_config(model, tie_word_embeddings=True)
+    message = "contradictory: config.json ties the embeddings, but the files hold two different"
+    for program, argv in programs(tiny_world, tmp_path / "out", model):
+        if program is not reward_model:  # it has no head of logits
+            with pytest.raises(SystemExit, match=message):
+                program.main(argv)
+
+
+def change_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def as_bin(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder / "pytorch_model.bin"
+
+
+def in_shards(folder):
+    lm = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    (folder / "model.safetensors").unlink()
+    lm.save_pretrained(folder, max_shard_size="30KB")
+    return folder / "model.safetensors.index.json"
+
+
+def adapter_alone(folder):
+    for file in folder.glob("[cm]*.*"):
+        file.unlink()
+    save_file({}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
+NOT_PLAIN = {
+    "an adapter beside": (lambda f: (f / "adapter_config.json").write_text("{}"), "merge it first"),
+    "an adapter alone": (adapter_alone, r"merge it first \(peft: .*merge_and_unload.*save_pretr"),
+    "quantised": (
+        lambda f: change_config(f, quantization_config={"quant_method": "gptq", "bits": 4}),
+        r"quantised \(gptq\)",
+    ),
+    "a pointer": (
+        lambda f: (f / "model.safetensors").write_bytes(POINTER),
+        "model.safetensors is a Git LFS pointer.*`git lfs pull`",
+    ),
+    "a .bin pointer": (
+        lambda f: as_bin(f).write_bytes(POINTER),
+        "pytorch_model.bin is a Git LFS pointer.*`git lfs pull`",
+    ),
+    "a tokenizer's pointer": (
+        lambda f: (f / "tokenizer.json").write_bytes(POINTER), "tokenizer.json is a Git LFS pointer"
+    ),
+    "cut": (lambda f: cut(f / "model.safetensors"), "model.safetensors is cut or damaged"),
+    "a cut .bin": (lambda f: cut(as_bin(f)), "pytorch_model.bin is cut or damaged"),
+    "a cut shard": (
+        lambda f: cut(in_shards(f).with_name("model-00002-of-00006.safetensors")),
+        "model-00002-of-00006.safetensors is cut",
+    ),
+    "no shard": (
+        lambda f: in_shards(f).with_name("model-00002-of-00006.safetensors").unlink(),
+        r"index.json names model-00002-of-00006.safetensors, which is not there \(1 of 6",
+    ),
+    "no type": (
+        lambda f: (f / "config.json").write_text("{}"),
+        "Unrecognized model in .*. Should have a `model_type` key in its config.json.",
+    ),
+    "no tokenizer": (
+        lambda f: [file.unlink() for file in f.glob("token*")],
+        r"from one of: \(1\) .*, \(2\) .* or \(3\) .* convert\.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NOT_PLAIN)
+def test_what_is_not_plain_weights_is_one_line_before_any_is_read(
+    kind, tiny_world, tmp_path, monkeypatch
+):
+    spoil, message = NOT_PLAIN[kind]
+    model = shutil.copytree(tiny_world / "llama", tmp_path / "model")
+    spoil(model)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    refused_by_all(message, tiny_world, tmp_path / "out", model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["safetensors", "shards", "bin", "bin shards"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_values_are_the_files_in_every_form_and_precision(family, form, dtype, tmp_path):
+    folder = Path(make_model(tmp_path / "m", family))
+    file = folder / "model.safetensors"
+    weights = {k: v.to(dtype) for k, v in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+    change_config(folder, dtype=str(dtype).removeprefix("torch."))
+    if form == "shards":
+        in_shards(folder)
+    elif form == "bin":
+        as_bin(folder)
+    elif form == "bin shards":
+        names = {k: f"pytorch_model-{i % 2}.bin" for i, k in enumerate(weights)}
+        for shard in {*names.values()}:
+            torch.save({k: v for k, v in weights.items() if names[k] == shard}, folder / shard)
+        index = {"metadata": {}, "weight_map": names}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        file.unlink()
+    assert len([*folder.glob("*.bin"), *folder.glob("*.safetensors")]) > ("shards" in form)
+    policy.read_model_config(str(folder), 64)
+    own = policy.load_weights(AutoModelForCausalLM, str(folder), dtype="auto")
+    for model, wanted in ((own, dtype), (load_lm(str(folder), torch.float32).model, torch.float32)):
+        found = dict(model.named_parameters())
+        assert {*found} == {*weights}
+        for name, value in weights.items():
+            assert torch.equal(found[name], value.to(wanted)) and found[name].dtype == wanted
+
+
+def scaled(kind, **more):
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0} | more}
+
+
+LONG = scaled("longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4,
+              original_max_position_embeddings=16)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, changes", [("longrope", LONG), ("dynamic", scaled("dynamic"))])
+def test_positions_that_depend_on_the_batch_are_refused_by_name(
+    kind, changes, tiny_world, tmp_path
+):
+    model = make_model(tmp_path / "m", **changes)
+    with pytest.raises(SystemExit, match=f"position scaling '{kind}' .* longest text of a batch"):
+        train_ganpo.main(flags(tiny_world, tmp_path / "r", f"--model={model}"))
+    nested = AutoConfig.from_pretrained(model)
+    nested.rope_parameters = {"full_attention": nested.rope_parameters}
+    with pytest.raises(ValueError, match=f"position scaling '{kind}'"):
+        policy.check_config(nested, 64)
+    for other in (scaled("linear"), scaled("yarn", original_max_position_embeddings=128)):
+        policy.check_config(AutoConfig.for_model("llama", max_position_embeddings=256, **other), 64)
+
+
+@pytest.mark.parametrize("family", ["t5", "bloom"])
+def test_a_model_without_positions_is_one_line_in_every_program(family, tiny_world, tmp_path):
+    AutoConfig.for_model(family).save_pretrained(tmp_path / "m")
+    tiny().save_pretrained(tmp_path / "m")
+    save_file({}, tmp_path / "m" / "model.safetensors")
+    message = f"model type '{family}' is not supported"
+    refused_by_all(message, tiny_world, tmp_path / "out", tmp_path / "m")
+
+
+def test_token_ids_beyond_the_embedding_are_one_line_in_every_program(tiny_world, tmp_path):
+    model = make_model(tmp_path / "model", vocab_size=100)
+    reward = make_reward_model(tmp_path / "reward", model)
+    runs = [*programs(tiny_world, tmp_path / "out", model)]
+    runs += programs(tiny_world, tmp_path / "out", reward, reward=True)
+    for program, argv in runs:
+        with pytest.raises(SystemExit, match=r": token id \d+ is beyond the .*, 100 tokens$"):
+            program.main(argv)
+        assert not [*(tmp_path / "out").glob("e/*")]
 
 
 # ---------------------------------------------------------------------- memory by arithmetic
