@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import re
+import textwrap
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -24,12 +25,14 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 ACCEPTED = (
-    "accepted: columns chosen and rejected with two chats (lists of {role, content}) that differ"
-    " in the last turn only, with or without a prompt string; a prompt with a chat, and chosen and"
-    " rejected with one assistant message each; strings prompt, chosen, rejected; strings chosen"
-    " and rejected of \\n\\nHuman: and \\n\\nAssistant: turns"
+    "accepted: columns chosen and rejected with two chats (lists of {role, content} or of"
+    " {from, value}) that differ in the last turn only, with or without a prompt string; a chat as"
+    " prompt, messages or conversations, and chosen and rejected with one assistant message each or"
+    " strings; strings prompt, chosen, rejected; strings chosen and rejected of \\n\\nHuman: and"
+    " \\n\\nAssistant: turns; beside each of them system and history"
 )
 FILE_NAME = re.compile(r"\.(jsonl|json|parquet)(\.gz)?$")
+MERGED = 2  # tokens of a prompt that may merge with an answer's first characters
 MALFORMED_LIMIT = 0.01  # with a larger share of faulty rows the data set itself must be wrong
 
 
@@ -43,6 +46,11 @@ class RowFault(Exception):
 
 class TooLong(RowFault):
     """The reason why one row is dropped that is well formed but does not fit max_length."""
+
+
+class Unusable(RowFault):
+    """The reason why one row is dropped that is well formed, but holds more than texts of two
+    speakers who take turns."""
 
 
 class Triplet(NamedTuple):
@@ -63,6 +71,7 @@ class PreferenceData(NamedTuple):
     notes: Counter  # rows that were kept, by what was noticed in them
     n_rows: int  # rows of the source
     fingerprint: str  # a hash of all token ids in order
+    unread: tuple[str, ...] = ()  # columns and keys of messages that hold something and are ignored
 
     def steps(self, batch_size: int) -> int:
         """Returns the number of steps in an epoch: whole batches only."""
@@ -71,7 +80,9 @@ class PreferenceData(NamedTuple):
     def summary(self) -> str:
         """Returns one line about rows, drops and notes."""
         kept = f"{len(self.triplets):,} of {self.n_rows:,} rows"
-        return f"{kept}; dropped: {counts(self.dropped)}; kept but noted: {counts(self.notes)}"
+        unread = f"; columns not read: {', '.join(self.unread)}" if self.unread else ""
+        noted = counts(self.notes)
+        return f"{kept}; dropped: {counts(self.dropped)}; kept but noted: {noted}{unread}"
 
 
 def counts(counter: Counter) -> str:
@@ -139,7 +150,7 @@ def parse_parquet(source: str, raw: bytes) -> list[dict]:
 def parse_json(source: str, raw: bytes) -> list:
     """Returns the rows of a JSON list, or of a text with one row of JSON in each line."""
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8-sig")  # without a byte-order mark
         if text.lstrip().startswith("["):
             return json.loads(text)
     except ValueError as error:  # of decoding or of JSON
@@ -164,11 +175,18 @@ def read_with_datasets(source: str, split: str) -> Sequence[dict]:
     """Returns the rows of a folder or Hub id; raises InputError without such data or split."""
     import datasets  # takes two seconds to import, so only where it is needed
 
-    with input_error_for(f"{source}: is no file here and cannot be loaded as a data set"):
+    try:
         if Path(source, "dataset_dict.json").is_file() or Path(source, "state.json").is_file():
             found = datasets.load_from_disk(source)
         else:
             found = datasets.load_dataset(source)
+    except Exception as error:  # the library and the Hub raise many kinds
+        missing = "" if Path(source).exists() else "is no file here and "
+        # the library wraps most errors of reading in one that says nothing
+        if type(error) is datasets.exceptions.DatasetGenerationError:
+            error = error.__cause__ or error
+        reason = textwrap.shorten(str(error) or type(error).__name__, 500, placeholder=" ...")
+        raise InputError(f"{source}: {missing}cannot be loaded as a data set: {reason}") from None
     if isinstance(found, datasets.Dataset):
         found = {"train": found}
     if split not in found:
@@ -192,7 +210,7 @@ def check_columns(source: str, rows: Sequence):
     columns = list(row) if isinstance(row, dict) else [f"a {type(row).__name__}"]
     usable = "chosen" in columns and "rejected" in columns
     if usable and isinstance(row["chosen"], str):  # without a chat: a prompt, or turns in the text
-        usable = "prompt" in columns or HH_TURN.search(row["chosen"])
+        usable = {"prompt", *PROMPT_CHATS} & {*columns} or HH_TURN.search(row["chosen"])
     if not usable:
         raise InputError(f"{source}: no preference data in {', '.join(columns)}; {ACCEPTED}")
 
@@ -201,36 +219,72 @@ def check_columns(source: str, rows: Sequence):
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can hold
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")  # how hh-rlhf writes a chat as one string
+HH_PROMPT = re.compile(r"\n\nHuman:|\s*Human:.*\n\nAssistant:\s*$", re.DOTALL)
+ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}  # other names of our roles
+TOOL_ROLES = set("tool tool_call tool_response function function_call observation ipython".split())
+PROMPT_CHATS = "messages", "conversations", "conversation"  # other names of a prompt chat's column
+MEDIA = "image images audio audios video videos".split()
+TOOLS = "tools functions".split()
+READ = {"prompt", "chosen", "rejected", "system", "history", *MEDIA, *TOOLS}
+METADATA = set(  # words of the names of columns that are about a row, no part of what it says
+    "id ids idx index uuid hash source sources dataset subset split model models score scores"
+    " rating ratings reward rewards margin rank language lang category domain topic task license"
+    " timestamp date url weight generator annotator votes".split()
+)
 
 
 def to_messages(row) -> tuple[list[dict], str, str]:
     """Returns the prompt's messages, the chosen and the rejected answer of a row.
 
-    The row may have any schema of ACCEPTED. Raises RowFault if it has none of them.
+    The row may have any schema of ACCEPTED. Raises RowFault if it has none of them, and Unusable
+    if it holds what this project cannot use.
     """
     if not isinstance(row, dict):
         raise RowFault("not an object")
-    prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
+    refuse_more_than_text(row)
+    prompt, chosen, rejected = row.get(prompt_column(row)), row.get("chosen"), row.get("rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
-        if isinstance(prompt, str):
-            return checked(user_chat(prompt), chosen, rejected)
-        chosen, rejected, prompt = hh_turns(chosen), hh_turns(rejected), None
-    for chat in (chosen, rejected, *([prompt] if isinstance(prompt, list) else [])):
-        check_chat(chat)
-    if isinstance(prompt, list):
+        if not isinstance(prompt, str | list | dict):
+            chosen, rejected, prompt = hh_turns(chosen), hh_turns(rejected), None
+        elif isinstance(prompt, str) and HH_PROMPT.match(prompt):
+            chosen, rejected = (s.removeprefix(prompt).strip() for s in (chosen, rejected))
+            prompt = hh_turns("\n\n" + prompt.strip())
+            prompt = prompt[: -1 if prompt[-1]["content"] == "" else None]
+        chosen, rejected = (
+            [{"role": "assistant", "content": s}] if isinstance(s, str) else s
+            for s in (chosen, rejected)
+        )
+    chosen, rejected = to_chat(chosen), to_chat(rejected)
+    if isinstance(prompt, str) and len(chosen) == len(rejected) == 1:
+        prompt = user_chat(prompt)
+    if isinstance(prompt, list | dict):
+        prompt = to_chat(prompt)
         # some data sets repeat the prompt inside both chats
         chosen, rejected = (
             c[len(prompt) :] if c[: len(prompt)] == prompt else c for c in (chosen, rejected)
         )
     else:  # a prompt string beside chats repeats the user's turn: the common turns are the prompt
         limit = min(len(chosen), len(rejected)) - 1
-        n = next((i for i in range(limit) if bare(chosen[i]) != bare(rejected[i])), limit)
+        n = next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
         prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
     if len(chosen) != 1 or len(rejected) != 1:
         raise RowFault("different prompts")
     if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
         raise RowFault("answer is not the assistant's")
-    return checked([bare(m) for m in prompt], chosen[0]["content"], rejected[0]["content"])
+    prompt = with_earlier_turns(prompt, row.get("system"), row.get("history"))
+    return checked(prompt, chosen[0]["content"], rejected[0]["content"])
+
+
+def prompt_column(row: dict) -> str:
+    """Returns the name of the column that holds a row's prompt.
+
+    It is `messages` or a name like it only where there is no prompt and the answers are one message
+    each: beside two whole chats such a column repeats one of them.
+    """
+    whole = isinstance(row.get("chosen"), list) and len(row["chosen"]) > 1
+    if filled(row.get("prompt")) or whole:
+        return "prompt"
+    return next((name for name in PROMPT_CHATS if filled(row.get(name))), "prompt")
 
 
 def user_chat(text: str) -> list[dict]:
@@ -238,27 +292,129 @@ def user_chat(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
 
 
-def bare(message: dict) -> dict:
-    """Returns a message without further keys that some data sets have."""
-    return {"role": message["role"], "content": message["content"]}
+def to_chat(chat) -> list[dict]:
+    """Returns a chat as a list of {role, content}; chat may be one message in place of a list.
+
+    Raises RowFault unless its messages have a role and a text, Unusable if one holds more.
+    """
+    chat = [chat] if isinstance(chat, dict) else chat
+    if not isinstance(chat, list) or not chat or not all(isinstance(m, dict) for m in chat):
+        raise RowFault("no chat")
+    return [to_message(m) for m in chat]
 
 
-def check_chat(chat):
-    """Raises RowFault unless chat is a list of messages with a role and a text."""
-    if not isinstance(chat, list) or not chat:
-        raise RowFault("not text")
-    for message in chat:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise RowFault("not text")
-        if not isinstance(message.get("role"), str):
-            raise RowFault("not text")
+def to_message(message: dict) -> dict:
+    """Returns one message of a chat as {role, content}, with roles as they are called here.
+
+    Further keys, which some data sets have, are left out. Raises what to_chat raises.
+    """
+    role, content = message.get("role"), message.get("content")
+    if role is None:
+        role, content = message.get("from"), message.get("value")
+    if isinstance(role, list):
+        raise RowFault("a dict of lists in place of a list of messages")
+    if not isinstance(role, str):
+        raise RowFault("no chat")
+    calls = filled(message.get("tool_calls")) or filled(message.get("function_call"))
+    if role in TOOL_ROLES or calls:
+        raise Unusable("tool turns")
+    refuse_more_than_text(message)
+    if isinstance(content, list):
+        content = joined(content)
+    if not isinstance(content, str):
+        raise RowFault("content is not text")
+    return {"role": ROLES.get(role, role), "content": content}
+
+
+def joined(parts: list) -> str:
+    """Returns the text of a content that is a list of parts, {"type": "text", "text": ...}."""
+    for part in parts:
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise RowFault("content is not text")
+        for kind in ("image", "audio", "video"):
+            if kind in part["type"]:
+                raise Unusable(f"has {kind}")
+        if part["type"] != "text" or not isinstance(part.get("text"), str):
+            raise RowFault("content is not text")
+    return "".join(part["text"] for part in parts) if parts else None
+
+
+def refuse_more_than_text(columns: dict):
+    """Raises Unusable if a row or a message holds tools, pictures or sound."""
+    for name in (*TOOLS, *MEDIA):
+        if filled(columns.get(name)):
+            raise Unusable(f"has {name}")
+
+
+def filled(value) -> bool:
+    """Returns whether a value of JSON holds anything; a string of an empty list does not."""
+    if isinstance(value, dict | list):
+        return any(map(filled, value.values() if isinstance(value, dict) else value))
+    return value is not None and str(value).strip() not in ("", "[]", "{}", "null")
+
+
+def with_earlier_turns(prompt: list[dict], system, history) -> list[dict]:
+    """Returns a prompt with the columns system (a text) and history (a list of [user, assistant])
+    in front of it. Raises RowFault if they are something else."""
+    first = prompt[:1] if prompt and prompt[0]["role"] == "system" else []
+    rest, turns = prompt[len(first) :], []
+    if filled(history):
+        if not isinstance(history, list):
+            raise RowFault("history is no list of [user, assistant]")
+        for pair in history:
+            if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
+                raise RowFault("history is no list of [user, assistant]")
+            turns += [*user_chat(pair[0]), {"role": "assistant", "content": pair[1]}]
+    if filled(system):
+        if not isinstance(system, str):
+            raise RowFault("system is not text")
+        own = [{"role": "system", "content": system}]
+        if first not in ([], own):
+            raise RowFault("two system turns")
+        first = own
+    return [*first, *turns, *rest]
+
+
+def unread_columns(row: dict) -> list[str]:
+    """Returns the columns of a usable row, and the keys of its messages, that hold something which
+    is not read and is no metadata (ids, scores, sources)."""
+    chats = "prompt", prompt_column(row), "chosen", "rejected"
+    found = [name for name in row if name not in {*READ, *chats}]
+    if isinstance(row["chosen"], list):  # then columns beside it may repeat what is in the chat
+        found = [name for name in found if row[name] != row["chosen"]]
+        turns = [
+            text.strip() for m in row["chosen"] for text in m.values() if isinstance(text, str)
+        ]
+        if (
+            len(turns) > 2
+            and isinstance(row.get("prompt"), str)
+            and row["prompt"].strip() not in turns
+        ):
+            found.append("prompt")
+    unread = [name for name in found if filled(row[name]) and not is_metadata(name)]
+    for column in dict.fromkeys(chats):
+        chat = row.get(column)
+        for message in [chat] if isinstance(chat, dict) else chat if isinstance(chat, list) else []:
+            for key in message.keys() - {"role", "content", "from", "value"}:
+                if filled(message[key]) and not is_metadata(key):
+                    unread.append(f"{column}.{key}")
+    return unread
+
+
+def is_metadata(name: str) -> bool:
+    """Returns whether a column's name says metadata: an id, or only words of METADATA beside the
+    names of the columns that it is about."""
+    words = [
+        w for w in re.split(r"\W|_", name.lower()) if w not in ("chosen", "rejected", "prompt")
+    ]
+    return bool(words) and ({*words} <= METADATA or words[-1] in ("id", "index"))
 
 
 def hh_turns(text: str) -> list[dict]:
     """Returns the messages of a chat that hh-rlhf writes as one string."""
     parts = HH_TURN.split(text)
     if len(parts) < 3 or parts[0].strip():
-        raise RowFault("not text")
+        raise RowFault("no Human/Assistant turns")
     roles = {"Human": "user", "Assistant": "assistant"}
     return [
         {"role": roles[r], "content": c.strip()}
@@ -268,8 +424,11 @@ def hh_turns(text: str) -> list[dict]:
 
 def checked(prompt: list[dict], chosen: str, rejected: str) -> tuple[list[dict], str, str]:
     """Returns its arguments. Raises RowFault if the prompt's turns do not alternate and end with
-    the user's, if an answer is empty, or if the answers are equal."""
+    the user's, if an answer is empty, or if the answers are equal; Unusable if the assistant
+    speaks first."""
     turns = prompt[1:] if prompt and prompt[0]["role"] == "system" else prompt
+    if turns and turns[0]["role"] == "assistant":
+        raise Unusable("assistant first")
     if [m["role"] for m in turns] != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
         raise RowFault("turns do not alternate")
     if not chosen.strip() or not rejected.strip():
@@ -295,14 +454,22 @@ class ChatEncoder:
             raise InputError(
                 "the tokenizer has no chat template: pass one with --chat_template FILE (jinja)"
             )
+        if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+            raise InputError(
+                f"the tokenizer has several chat templates ({', '.join(tokenizer.chat_template)})"
+                " and none is the default: write one to a file and pass it with --chat_template"
+            )
         self.tokenizer = tokenizer
         self.bos = tokenizer.bos_token_id
         special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
         special |= set(tokenizer.all_special_tokens)
         self.special_text = re.compile("|".join(map(re.escape, sorted(special))) or r"(?!)")
-        self.special_ids = set(tokenizer.convert_tokens_to_ids(list(special)))
+        self.markers = set(tokenizer.convert_tokens_to_ids(list(special)))
+        # some tokenizers hold the tokens of their templates as added, but not as special ones
+        added = tokenizer.added_tokens_decoder.items()
+        self.markers |= {i for i, token in added if token.content.strip()}
         try:
-            self.find_end_of_turn()
+            self.probe()
         except jinja2.TemplateError as error:
             raise InputError(f"the chat template cannot be used: {first_line(error)}") from None
         self.folds_system = not self.takes_system_turn()
@@ -313,39 +480,86 @@ class ChatEncoder:
             messages, add_generation_prompt=generation_prompt, tokenize=True, return_dict=False
         )
 
-    def takes_system_turn(self) -> bool:
-        """Returns whether the template shows a system turn: some raise, some leave it out."""
-        system, user = {"role": "system", "content": "s"}, {"role": "user", "content": "u"}
-        try:
-            return self.template([system, user]) != self.template([user])
-        except jinja2.TemplateError:
-            return False
+    def two_answers(self, messages: list[dict]) -> tuple[list[int], list[int], int]:
+        """Returns the ids of messages with two different answers, and where the ids part."""
+        answers = ({"role": "assistant", "content": text} for text in "ab")
+        a, b = (self.template([*messages, answer]) for answer in answers)
+        return a, b, common_prefix(a, b)
 
-    def find_end_of_turn(self):
-        """Sets end_of_turn, the special token after an answer; tail, the ids after it; append_eos.
+    def probe(self):
+        """Learns from two conversations that differ in the answer what stands around an answer.
 
-        The tail is a line feed in some templates. Where the template puts no such token, the
-        tokenizer's EOS is added; without it a model would never learn to stop.
+        Sets end_of_turn, the first token behind an answer that no text gives; tail, the ids after
+        it; append_eos, if there is no such token: the tokenizer's EOS is added then, because
+        without it a model would never learn to stop. (The tail is a line feed in some templates,
+        the next header in others.) Sets no_header, if add_generation_prompt changes nothing, and
+        opened, what the generation prompt holds beyond the header of a full conversation. Sets
+        bos_is_marker, if BOS also opens or ends turns.
         """
         user = user_chat("u")
-        ids = self.template([*user, {"role": "assistant", "content": "a"}])
-        header = common_prefix(self.template(user, True), ids)
-        special = [i for i in range(header, len(ids)) if ids[i] in self.special_ids]
-        self.append_eos = not special
-        self.tail = ids[special[-1] + 1 :] if special else []
-        self.end_of_turn = ids[special[-1]] if special else self.tokenizer.eos_token_id
+        a, b, start = self.two_answers(user)
+        if a == b:
+            raise jinja2.TemplateError("it shows no answer of the assistant")
+        behind = a[len(a) - common_prefix(a[start:][::-1], b[start:][::-1]) :]
+        end = next((i for i, token in enumerate(behind) if token in self.markers), None)
+        self.append_eos = end is None
+        self.tail = [] if end is None else behind[end + 1 :]
+        self.end_of_turn = self.tokenizer.eos_token_id if end is None else behind[end]
         if self.end_of_turn is None:
             raise InputError(
                 "the chat template has no special token that ends a turn, and the tokenizer has"
                 " no EOS token"
             )
+        first = next((i for i, token in enumerate(a) if token != self.bos), 0)
+        self.bos_is_marker = any(
+            token == self.bos and not self.markers & {*a[i + 1 : i + 2]}
+            for i, token in enumerate(a[first:], first)
+        )
+        prompt = self.template(user, True)
+        self.no_header = prompt == self.template(user) and prompt != a[:start]
+        prompt = self.with_bos(self.prompt_ids_of(user))
+        lost = prompt[common_prefix(prompt, self.with_bos(a)) :]
+        opens = len(lost) > MERGED or self.markers & {*lost}
+        self.opened = self.tokenizer.decode(lost) if opens else ""
+
+    def takes_system_turn(self) -> bool:
+        """Returns whether the template shows a system turn, and in a full conversation where the
+        prompt has it: some templates raise, some leave it out, some move it."""
+        system, turns = {"role": "system", "content": "Be kind to all."}, user_chat("u")
+        answer = {"role": "assistant", "content": "a"}
+        return all(self.shows(system, t) for t in (turns, [*turns, answer, *turns]))
+
+    def shows(self, system: dict, turns: list[dict]) -> bool:
+        """Returns whether the template shows a system turn alike with and without an answer."""
+        try:
+            without, lost = self.with_answer(turns)
+        except jinja2.TemplateError:
+            return True  # it takes no such turns at all, which is not the system turn's fault
+        try:
+            ids, lost_with_system = self.with_answer([system, *turns])
+        except jinja2.TemplateError:
+            return False
+        return ids != without and lost_with_system <= max(MERGED, lost)
+
+    def with_answer(self, messages: list[dict]) -> tuple[list[int], int]:
+        """Returns the ids of messages with an answer, and how many of the prompt's they change."""
+        prompt = self.with_bos(self.prompt_ids_of(messages))
+        ids = self.with_bos(self.two_answers(messages)[0])
+        return ids, len(prompt) - common_prefix(prompt, ids)
+
+    def prompt_ids_of(self, messages: list[dict]) -> list[int]:
+        """Returns the ids of messages as they are, up to and with the assistant header."""
+        if self.no_header:
+            ids, _, start = self.two_answers(messages)
+            return ids[:start]
+        return self.template(messages, generation_prompt=True)
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:
         """Returns the prompt's ids, up to and with the assistant header.
 
         Exactly one BOS stands in front if the tokenizer has one.
         """
-        return self.with_bos(self.template(self.fold(messages), generation_prompt=True))
+        return self.with_bos(self.prompt_ids_of(self.fold(messages)))
 
     def answer_ids(self, messages: list[dict], answer: str) -> list[int]:
         """Returns the ids of prompt and answer; the last one is the end of turn."""
@@ -362,7 +576,16 @@ class ChatEncoder:
         return self.special_text.sub("", text)
 
     def with_bos(self, ids: list[int]) -> list[int]:
-        return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
+        """Returns ids with one BOS in front and no other, if the tokenizer has one.
+
+        Where BOS also opens or ends turns, only those in front are made one.
+        """
+        if self.bos is None:
+            return ids
+        if not self.bos_is_marker:
+            return [self.bos, *(i for i in ids if i != self.bos)]
+        first = next((i for i, token in enumerate(ids) if token != self.bos), 0)
+        return [self.bos, *ids[first:]]
 
     def fold(self, messages: list[dict]) -> list[dict]:
         """Returns messages with the system turn put before the first user turn's text, if the
@@ -390,7 +613,7 @@ class ChatEncoder:
             if self.special_text.search(text):  # the template would make a real token of it
                 raise RowFault("literal special token")
             if not text.isascii() and SURROGATE.search(text):
-                raise RowFault("not text")
+                raise RowFault("half a character")
         try:
             prompt = self.prompt_ids(messages)
             answers = [self.answer_ids(messages, chosen), self.answer_ids(messages, rejected)]
@@ -403,6 +626,10 @@ class ChatEncoder:
             raise RowFault("identical pair")  # the template strips white space
         if min(map(len, answers)) <= n or n == 0:
             raise RowFault("empty answer")
+        if len(prompt) - n > MERGED:
+            raise RowFault("the template changes the prompt")
+        if any(ids[-1] != self.end_of_turn for ids in answers):
+            raise RowFault("the template ends no turn")
         chosen, rejected = (ids[n:max_length] for ids in answers)
         if n >= max_length:
             raise TooLong("prompt leaves no room")
@@ -434,22 +661,32 @@ def load_pairs(
     """Returns the pairs of a data set; prompt and answer have at most max_length tokens.
 
     source and split are those of read_rows. log(line) is told the progress. Raises InputError if
-    the source cannot be used, or if more than 1 % of its rows are malformed.
+    the source cannot be used, if more than 1 % of its rows are malformed, or if more than
+    half of them hold what this project cannot use (tools, images, ...).
     """
     rows = read_rows(source, split)
     check_columns(source, rows)
     encoder = ChatEncoder(tokenizer)
-    triplets, faults, too_long, notes = [], Counter(), Counter(), Counter()
-    first_row = {}  # of each fault
+    if encoder.opened:
+        raise InputError(
+            f"the chat template cannot be trained with: its generation prompt ends with"
+            f" {encoder.opened!r}, which its full conversations leave out; pass a template without"
+            " that with --chat_template FILE"
+        )
+    triplets, faults, unusable, too_long, notes = [], Counter(), Counter(), Counter(), Counter()
+    first_row, unread = {}, {}  # the first row of each fault, and of each column that is not read
     for i, row in enumerate(rows):
         try:
             triplets.append(encoder.triplet(*to_messages(row), max_length, i, notes))
         except TooLong as reason:
             too_long[str(reason)] += 1
+        except Unusable as reason:
+            unusable[str(reason)] += 1
         except RowFault as reason:
             faults[str(reason)] += 1
             first_row.setdefault(str(reason), i)
         else:
+            unread |= dict.fromkeys(unread_columns(row), i)
             better, worse = row.get("score_chosen"), row.get("score_rejected")
             if isinstance(better, int | float) and isinstance(worse, int | float):
                 notes["score tie"] += better == worse
@@ -462,10 +699,17 @@ def load_pairs(
             f"{MALFORMED_LIMIT:.0%}: {counts(faults)}; the first of each, from 0:"
             f" {', '.join(f'{reason} in row {i}' for reason, i in first_row.items())}; {ACCEPTED}"
         )
+    if unusable.total() > len(rows) / 2:
+        raise InputError(
+            f"{source}: fewer than half of the {len(rows)} rows can be used, because this project"
+            f" reads only texts of a user and an assistant who take turns: {counts(unusable)}"
+        )
     digest = hashlib.sha256()
     for ids in (ids for t in triplets for ids in t[:3]):
         digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
-    return PreferenceData(triplets, too_long + faults, +notes, len(rows), digest.hexdigest()[:16])
+    dropped = too_long + faults + unusable
+    fingerprint = digest.hexdigest()[:16]
+    return PreferenceData(triplets, dropped, +notes, len(rows), fingerprint, tuple(unread))
 
 
 def load_held_out(

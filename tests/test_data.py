@@ -299,7 +299,41 @@ SCHEMAS = {
     "prompt chat repeated": row(chat("q"), chat("q", "yes"), chat("q", "no")),
     "more keys": row("", [{**m, "id": 1} for m in chat("q", "yes")], chat("q", "no")),
     "hh-rlhf": {"chosen": HH + "yes", "rejected": HH + "no"},
-}
+    "hh-rlhf's prompt": row(HH.rstrip(), " yes", " no"),
+    "hh-rlhf's prompt without line feeds": row(HH.strip(), " yes", " no"),
+    "hh-rlhf's prompt repeated": row(HH, HH + "yes", HH + "no"),
+    "messages": {"messages": chat("q"), "chosen": answer("yes")[0], "rejected": answer("no")[0]},
+    "from and value": {
+        "conversations": [{"from": "human", "value": "q"}],
+        "chosen": {"from": "gpt", "value": "yes"}, "rejected": {"from": "gpt", "value": "no"},
+    },
+    "chats of from and value": {
+        name: [{"from": "human", "value": "q"}, {"from": "gpt", "value": text}]
+        for name, text in (("chosen", "yes"), ("rejected", "no"))
+    },
+    "prompt chat and strings": row(chat("q"), "yes", "no"),
+    "prompt string and messages": row("q", answer("yes"), answer("no")),
+    "messages repeat the chosen chat": {
+        "messages": chat("q", "yes"), "chosen": chat("q", "yes"), "rejected": chat("q", "no"),
+    },
+    "parts": row(
+        chat([{"type": "text", "text": "q"}]),
+        answer([{"type": "text", "text": "y"}, {"type": "text", "text": "es"}]), answer("no"),
+    ),
+    "metadata and empty columns": row("q", "yes", "no") | {
+        "prompt_id": "1", "score_chosen": 2, "chosen-rating": 4, "source": "own", "tools": "[]",
+        "images": [], "system": "", "history": [], "extra": None, "messages": [{"role": None}],
+    },
+}  # fmt: skip
+SYSTEM = [{"role": "system", "content": "be kind"}]
+EARLIER = {  # the same prompt, with turns in columns of their own
+    "chat": row(SYSTEM + chat("p", "o", "q"), "yes", "no"),
+    "developer": row([SYSTEM[0] | {"role": "developer"}, *chat("p", "o", "q")], "yes", "no"),
+    "columns": row("q", "yes", "no") | {"system": "be kind", "history": [["p", "o"]]},
+    "columns beside chats": {"chosen": chat("q", "yes"), "rejected": chat("q", "no"),
+                             "system": "be kind", "history": [["p", "o"]]},
+    "system twice": row(SYSTEM + chat("p", "o", "q"), "yes", "no") | {"system": "be kind"},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("schema", SCHEMAS)
@@ -307,6 +341,63 @@ def test_every_schema_gives_the_ids_of_the_rendered_chat(schema, tmp_path):
     pairs = load(tmp_path, [SCHEMAS[schema]])
     assert lists(pairs) == [[ids("<s>" + HEAD), ids("yes<|end|>"), ids("no<|end|>")]]
     assert not pairs.dropped and not pairs.notes
+    assert pairs.unread == (("prompt",) if schema == "chats and a string" else ())
+
+
+@pytest.mark.parametrize("columns", EARLIER)
+def test_system_and_history_become_turns(columns, tmp_path):
+    pairs = load(tmp_path, [EARLIER[columns]])
+    text = f"<s><|system|>be kind<|end|>\n<|user|>p<|end|>\n<|assistant|>o<|end|>\n{HEAD}"
+    assert lists(pairs) == [[ids(text), ids("yes<|end|>"), ids("no<|end|>")]]
+    assert not pairs.unread
+
+
+def test_columns_and_keys_of_messages_that_are_not_read_are_named_once(tmp_path):
+    rows = good(3)
+    rows[1] |= {"extra": 1, "meta": {"a": 0}, "dataset": "own"}
+    rows[2] = {"chosen": chat("q", "yes"), "rejected": chat("q", "no"), "extra": 2}
+    rows[2]["chosen"][1]["reasoning_content"] = "so"
+    pairs = load(tmp_path, rows)
+    assert pairs.unread == ("extra", "meta", "chosen.reasoning_content")
+    assert pairs.summary().endswith("; columns not read: extra, meta, chosen.reasoning_content")
+    assert "not read" not in load(tmp_path, good(3)).summary()
+
+
+CASES = SHARED.parent / "cases"
+READ_CASES = [  # file, rows, and what the rendered first prompt must hold
+    ("07/system.jsonl", "You are a gardener"), ("07/history.jsonl", "I am Ada"),
+    ("08/pairs.jsonl", "Hello!<"),
+    *((f"09/{name}.jsonl", "<|user|>Name a thing number 0.<|end|>\n<|assistant|>")
+      for name in ("axolotl", "prompt_chat_strings", "sharegpt", "sharegpt_lists")),
+    ("10/developer.jsonl", "<|system|>Answer"), ("10/parts.jsonl", "<|user|>Name a thing"),
+    ("15/bom.json", "Name a"), ("15/bom.jsonl", "Name a"), ("17/one.jsonl", "Name a"),
+]  # fmt: skip
+REFUSED_CASES = [
+    ("07/tools.jsonl", "has tools 4"), ("07/images.jsonl", "has images 4"),
+    ("10/tool_turns.jsonl", "tool turns 4"), ("10/assistant_first.jsonl", "assistant first 4"),
+    ("19/dict_of_lists.jsonl", "a dict of lists in place of a list of messages 4"),
+    ("16/clone", "pick one among the available configs: ['preference', 'kto']"),
+    ("17/two_files", "because column names don't match"),
+]  # fmt: skip
+
+
+@needs_shared
+@pytest.mark.parametrize("file, expected", READ_CASES)
+def test_files_of_reported_cases_are_read(file, expected):
+    pairs = load_pairs(str(CASES / file), "train", tiny(), 512)
+    prompt, chosen, _ = lists(pairs)[0]
+    text = "".join(tiny().convert_ids_to_tokens(prompt)).replace("Ġ", " ").replace("Ċ", "\n")
+    assert len(pairs.triplets) == 4 and expected in text
+    assert chosen == ids("A red kite, number 0.<|end|>")
+
+
+@needs_shared
+@pytest.mark.parametrize("file, expected", REFUSED_CASES)
+def test_files_of_reported_cases_are_refused_with_their_reason(
+    file, expected, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    assert expected in error_of(CASES / file)
 
 
 def test_all_common_turns_are_the_prompt(tmp_path):
@@ -351,23 +442,38 @@ FAULTS = [
     ("different prompts", {"chosen": chat("q", "a"), "rejected": chat("q", "a", "r", "b")}),
     ("different prompts", row(chat("other"), chat("q", "a"), chat("q", "b"))),
     ("turns do not alternate", row([*chat("q"), *chat("r")], answer("a"), answer("b"))),
-    ("turns do not alternate", row(answer("q"), answer("a"), answer("b"))),
+    ("assistant first", row(answer("q"), answer("a"), answer("b"))),
+    ("assistant first", row([*answer("q"), *chat("r")], answer("a"), answer("b"))),
+    ("tool turns", row([*chat("q"), {"role": "tool", "content": "r"}], "a", "b")),
+    ("tool turns", row(chat("q"), [{**answer("")[0], "tool_calls": [{"id": "1"}]}], "b")),
+    ("has tools", row("q", "a", "b") | {"tools": '[{"name": "f"}]'}),
+    ("has images", row("q", "a", "b") | {"images": ["a.png"]}),
+    ("has image", row(chat([{"type": "image", "text": None}]), "a", "b")),
+    ("has images", row([{**chat("q")[0], "images": ["a.png"]}], "a", "b")),
+    ("has audio", row("q", "a", "b") | {"audio": {"path": "a.wav"}}),
+    ("two system turns", row(SYSTEM + chat("q"), "a", "b") | {"system": "other"}),
+    ("system is not text", row("q", "a", "b") | {"system": ["s"]}),
+    ("history is no list of [user, assistant]", row("q", "a", "b") | {"history": "earlier"}),
+    ("history is no list of [user, assistant]", row("q", "a", "b") | {"history": [["p"]]}),
     ("turns do not alternate", {"chosen": answer("a"), "rejected": answer("b")}),
     ("answer is not the assistant's", row(chat("q"), chat("a"), answer("b"))),
     ("answer is not the assistant's", row(chat("q"), answer("a"), chat("b"))),
     ("literal special token", row("what is <|end|>?", "a", "b")),
     ("literal special token", row("q", "a</s>", "b")),
     ("literal special token", row("q", "a", "<s>b")),
-    ("not text", row("q", None, "b")),
-    ("not text", row(None, "a", "b")),
-    ("not text", row("q", "a", answer("b"))),
-    ("not text", row(chat("q"), answer("a"), [])),
-    ("not text", row(chat("q"), answer(None), answer("b"))),
-    ("not text", row(chat([{"type": "text", "text": "q"}]), answer("a"), answer("b"))),
-    ("not text", row([{"role": None, "content": "q"}], answer("a"), answer("b"))),
-    ("not text", row(["q"], answer("a"), answer("b"))),
-    ("not text", {"chosen": "Hi." + HH + "a", "rejected": "Hi." + HH + "b"}),
-    ("not text", row("q", "a \ud800", "b")),  # half a character, which JSON can hold
+    ("no chat", row("q", None, "b")),
+    ("no Human/Assistant turns", row(None, "a", "b")),
+    ("no chat", row("q", "a", answer("b"))),
+    ("no chat", row(chat("q"), answer("a"), [])),
+    ("content is not text", row(chat("q"), answer(None), answer("b"))),
+    ("content is not text", row(chat([{"type": "text"}]), answer("a"), answer("b"))),
+    ("content is not text", row(chat(["q"]), answer("a"), answer("b"))),
+    ("content is not text", row(chat([]), answer("a"), answer("b"))),
+    ("a dict of lists in place of a list of messages", row("q", {"role": ["user"]}, {})),
+    ("no chat", row([{"role": None, "content": "q"}], answer("a"), answer("b"))),
+    ("no chat", row(["q"], answer("a"), answer("b"))),
+    ("no Human/Assistant turns", {"chosen": "Hi." + HH + "a", "rejected": "Hi." + HH + "b"}),
+    ("half a character", row("q", "a \ud800", "b")),  # half a character, which JSON can hold
     ("not an object", ["q", "a", "b"]),
 ]
 
@@ -387,6 +493,17 @@ def test_more_than_one_percent_of_malformed_rows_stops_the_load_with_counts(tmp_
     first = "the first of each, from 0: identical pair in row 150, empty answer in row 151"
     for part in ("2 of 152 rows", "1%", "identical pair 1", "empty answer 1", first, "accepted"):
         assert part in message
+
+
+def test_rows_that_cannot_be_used_are_outside_the_limit_but_at_most_half(tmp_path):
+    rows = [*good(2), *(r | {"tools": ["f"]} for r in good(1)), row(SYSTEM + answer("q"), "a", "b")]
+    pairs = load(tmp_path, rows)
+    assert pairs.dropped == {"has tools": 1, "assistant first": 1} and len(pairs.triplets) == 2
+    rows.append(rows[2])
+    message = error_of(write_lines(tmp_path / "tools.jsonl", rows))
+    assert (
+        "fewer than half of the 5 rows" in message and "has tools 2, assistant first 1" in message
+    )
 
 
 def test_rows_dropped_for_their_length_are_not_malformed(tmp_path):
@@ -451,12 +568,119 @@ def test_a_row_that_the_template_refuses_or_does_not_show_is_dropped(tmp_path):
     assert pairs.dropped == {"empty answer": 1}
 
 
-def test_a_header_that_opens_more_than_the_answers_turn_hides_no_end_of_turn(tmp_path):
-    """As where the generation prompt opens a passage of thinking that finished turns do not
-    have."""
-    template = CHAT.replace("<|assistant|>{% endif %}", "<|assistant|>think!{% endif %}")
-    pairs = load(tmp_path, [row("q", "a", "b")], tiny(template))
+def opens_thinking(opening):
+    return CHAT.replace("<|assistant|>{% endif %}", f"<|assistant|>{opening}{{% endif %}}")
+
+
+@pytest.mark.parametrize("opening", ["<think>", "<|system|>"])
+def test_a_generation_prompt_that_full_conversations_leave_out_is_refused(opening, tmp_path):
+    """As where it opens a passage of thinking. To write answers with such a template is fine."""
+    tokenizer = tiny(opens_thinking(opening))
+    with pytest.raises(InputError, match="its generation prompt ends with '<.*'"):
+        load(tmp_path, good(1), tokenizer)
+    encoder = ChatEncoder(tokenizer)
+    assert encoder.prompt_ids(chat("q")) == ids("<s>" + HEAD + opening)
+    assert encoder.end_of_turn == ids("<|end|>")[0]
+
+
+@pytest.mark.parametrize("tail", ["<|assistant|>", "</s>"])
+def test_the_end_of_turn_is_the_first_token_behind_the_answer(tail, tmp_path):
+    template = CHAT.split("{% if add_gen")[0]
+    header = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    if tail == "<|assistant|>":  # a template that always appends it
+        template, header = template + tail, ""
+    else:  # one that ends the conversation too, as Phi-3's
+        header = header.replace("{% endif %}", f"{{% else %}}{tail}{{% endif %}}")
+    tokenizer = tiny(template + header)
+    pairs = load(tmp_path, [row("q", "a", "b")], tokenizer)
     assert lists(pairs) == [[ids("<s>" + HEAD), ids("a<|end|>"), ids("b<|end|>")]]
+    whole = ChatEncoder(tokenizer).whole(chat("q"), "a")
+    assert whole == ids("<s>" + HEAD + "a<|end|>\n" + tail)
+
+
+def test_an_end_of_turn_need_not_be_a_special_token(tmp_path):
+    tokenizer = tiny.__wrapped__(CHAT.replace("<|end|>", "<over>"))
+    tokenizer.add_tokens(["<over>"])
+    pairs = load(tmp_path, [row("q", "a", "b")], tokenizer)
+    assert [t[-1] for t in lists(pairs)[0][1:]] == ids("<over><over>", tokenizer)
+    assert len(pairs.triplets[0].chosen) == 2
+
+
+def test_a_template_without_generation_prompt_shows_its_header_in_full_conversations(tmp_path):
+    silent = tiny(CHAT.split("{% if add_gen")[0])
+    rows = [row(SYSTEM + chat("q", "a", "r"), "yes", "no"), *good(2)]
+    assert lists(load(tmp_path, rows, silent)) == lists(load(tmp_path, rows))
+
+
+MOVES = (  # the system turn stands in the last message of all, if that is the user's, as Nemo's
+    "<s>{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>"
+    "{% if loop.last and m.role == 'user' and messages[0].role == 'system' %}"
+    "{{ messages[0].content }}\n\n{% endif %}{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+NO_ANSWER_NO_SYSTEM = "{% set m = messages %}" + CHAT.replace(
+    "in messages", "in (messages if messages[-1].role == 'user' else messages[-2:])"
+)
+
+
+@pytest.mark.parametrize("template", [MOVES, NO_ANSWER_NO_SYSTEM])
+def test_a_system_turn_that_full_conversations_move_or_leave_out_is_folded(template, tmp_path):
+    pairs = load(tmp_path, [row(SYSTEM + chat("q"), "yes", "no"), *good(2)], tiny(template))
+    prompt = ids("<s><|user|>be kind\n\n" + HEAD.removeprefix("<|user|>"))
+    assert lists(pairs)[0] == [prompt, ids("yes<|end|>"), ids("no<|end|>")]
+    assert pairs.notes == {"system turn folded": 1}
+
+
+def test_a_row_whose_prompt_the_template_changes_is_dropped(tmp_path):
+    changes = "{% if messages[-1].content == 'odd' %}<|system|>{% endif %}" + CHAT
+    rows = [*good(100), row("q", "odd", "b")]
+    assert load(tmp_path, rows, tiny(changes)).dropped == {"the template changes the prompt": 1}
+    endless = CHAT.replace("<|end|>", "{% if m.content != 'odd' %}<|end|>{% endif %}")
+    assert load(tmp_path, rows, tiny(endless)).dropped == {"the template ends no turn": 1}
+
+
+@pytest.mark.parametrize("template", ["<s>" + CHAT, CHAT.replace("<|{{", "<s><|{{"), TURNS])
+def test_a_whole_row_has_one_bos_whatever_the_template_writes(template, tmp_path):
+    rows = [row(chat("q", "a", "r"), "yes", "no")]
+    assert lists(load(tmp_path, rows, tiny(template))) == lists(load(tmp_path, rows))
+
+
+def test_a_bos_that_opens_every_turn_stays(tmp_path):
+    """As in SmolLM2's template."""
+    template = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    template += "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    pairs = load(tmp_path, good(1), tiny(template))
+    assert lists(pairs)[0][0] == ids("<s>user\nquestion 0</s>\n<s>assistant\n")
+
+
+def test_several_templates_without_a_default_are_one_line_that_names_them(tmp_path):
+    tokenizer = tiny.__wrapped__(CHAT)
+    tokenizer.chat_template = {"rag": CHAT, "tool_use": CHAT}
+    with pytest.raises(InputError, match="several chat templates .rag, tool_use.*--chat_template"):
+        load(tmp_path, good(1), tokenizer)
+    tokenizer.chat_template["default"] = CHAT
+    assert lists(load(tmp_path, good(1), tokenizer)) == lists(load(tmp_path, good(1)))
+
+
+@needs_shared
+@pytest.mark.parametrize("case", ["35", "36", "45"])
+def test_templates_of_reported_cases_are_right_or_refused(case):
+    special = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
+    tokenizer = tiny((CASES / case / "chat_template.jinja").read_text(), None, (), special)
+    if case == "45":
+        with pytest.raises(InputError, match="generation prompt ends with '< t h i n k >"):
+            load_pairs(str(CASES / "45/pairs.jsonl"), "train", tokenizer, 512)
+        return
+    pairs = load_pairs(str(CASES / "15/bom.json"), "train", tokenizer, 512)
+    turns = "<|im_start|>user\nName a thing number 0.<|im_end|>\n<|im_start|>assistant\n"
+    texts = turns, "A red kite, number 0.<|im_end|>", "I do not know 0.<|im_end|>"
+    assert lists(pairs)[0] == [ids(text, tokenizer) for text in texts]
+
+
+def test_a_template_that_shows_no_answer_is_refused(tmp_path):
+    deaf = CHAT.replace("in messages", "in messages if m.role == 'user'")
+    with pytest.raises(InputError, match="cannot be used: it shows no answer"):
+        load(tmp_path, good(1), tiny(deaf))
 
 
 def test_a_system_turn_that_the_template_leaves_out_is_folded(tmp_path):
@@ -488,6 +712,8 @@ def parquet():
 FILES = {
     "rows.json": json.dumps(ROWS, indent=1).encode(),
     "rows.jsonl": JSONL,
+    "mark.jsonl": b"\xef\xbb\xbf" + JSONL,  # a byte-order mark
+    "mark.json": b"\xef\xbb\xbf" + json.dumps(ROWS).encode(),
     "rows.jsonl.gz": gzip.compress(JSONL),
     "rows.parquet": parquet(),
 }
