@@ -190,7 +190,7 @@ def padding_token(encoder: ChatEncoder, config: PretrainedConfig) -> int | None:
     """
     of, last = encoder.tokenizer, (encoder.tail or [encoder.end_of_turn])[-1]
     own = (of.pad_token_id, of.unk_token_id, of.bos_token_id, of.eos_token_id)
-    known = (i for i in (*own, *sorted(encoder.special_ids)) if i is not None)
+    known = (i for i in (*own, *sorted(encoder.markers)) if i is not None)
     return next((i for i in known if i != last and i < config.vocab_size), None)
 
 
