@@ -519,7 +519,7 @@ class ChatEncoder:
         self.no_header = prompt == self.template(user) and prompt != a[:start]
         prompt = self.with_bos(self.prompt_ids_of(user))
         lost = prompt[common_prefix(prompt, self.with_bos(a)) :]
-        opens = len(lost) > MERGED or self.markers & {*lost}
+        opens = len(lost) > MERGED or not self.markers.isdisjoint(lost)
         self.opened = self.tokenizer.decode(lost) if opens else ""
 
     def takes_system_turn(self) -> bool:

@@ -525,6 +525,10 @@ def test_truncation_cuts_the_end_of_the_answers_and_keeps_the_prompt(room, tmp_p
 # ---------------------------------------------------------------------- templates
 
 
+INST = (  # knows no header: a space stands before each answer, as in Mistral's
+    "<s>{% for m in messages %}{% if m.role == 'user' %}[q]{{ m.content }}[/q]"
+    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
 TEMPLATES = [
     (CHAT, "<s>", "<s>" + HEAD, "<|end|>"),
     (TURNS, "<s>", "<s>" + HEAD, "<|end|>"),
@@ -532,6 +536,14 @@ TEMPLATES = [
     (PLAIN, None, "q", "</s>"),
     (PLAIN, "<s>", "<s>q", "</s>"),
 ]
+
+
+@pytest.mark.parametrize("merges", [False, True])
+def test_what_stands_before_every_answer_is_its_header_unless_it_merges(merges, tmp_path):
+    tokenizer = tiny(INST, "<s>", (("Ġ", "a"), ("Ġ", "b")) if merges else ())
+    pairs = load(tmp_path, [row("q", "a", "b")], tokenizer)
+    texts = ["<s>[q]q[/q]", " a</s>", " b</s>"] if merges else ["<s>[q]q[/q] ", "a</s>", "b</s>"]
+    assert lists(pairs) == [[ids(text, tokenizer) for text in texts]]
 
 
 @pytest.mark.parametrize("template, bos, prompt, end", TEMPLATES)
