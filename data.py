@@ -218,6 +218,11 @@ def check_columns(source: str, rows: Sequence):
 # ---------------------------------------------------------------------- one row to messages
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can hold
+THINKING = re.compile(  # a passage that is closed, or one that is opened and never closed
+    r"(?:(?!<think|<reason).)*?</(?:think|thinking|reasoning)>\s*"
+    r"|\s*<(think|thinking|reasoning)>(?:.*?</\1>\s*|.*)",
+    re.DOTALL,
+)
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")  # how hh-rlhf writes a chat as one string
 HH_PROMPT = re.compile(r"\n\nHuman:|\s*Human:.*\n\nAssistant:\s*$", re.DOTALL)
 ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}  # other names of our roles
@@ -285,6 +290,17 @@ def prompt_column(row: dict) -> str:
     if filled(row.get("prompt")) or whole:
         return "prompt"
     return next((name for name in PROMPT_CHATS if filled(row.get(name))), "prompt")
+
+
+def split_thinking(answer: str) -> tuple[str, str]:
+    """Returns what an answer thinks aloud first, "" if nothing, and the answer without it.
+
+    Some models write their thoughts between <think> and </think> (also thinking, reasoning) before
+    the answer. Where the prompt opens the passage only its end is in the answer; where the answer
+    was cut there is no end, and nothing is left.
+    """
+    found = THINKING.match(answer)
+    return (found[0], answer[found.end() :]) if found else ("", answer)
 
 
 def user_chat(text: str) -> list[dict]:
