@@ -380,15 +380,18 @@ def fit(
     muon = torch.optim.Muon(matrices, 0.015, weight_decay=0.0)
     adam = torch.optim.AdamW(others, 6e-3, (0.9, 0.99), weight_decay=0.0, fused=True)
     peaks, average, begin = {muon: 0.015, adam: 6e-3}, None, time.perf_counter()
+    threads = torch.get_num_threads()
     for step, batch in enumerate(batches):
         loss = answer_loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         factor = min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / len(batches))) / 2
+        torch.set_num_threads(1)  # Muon's products are so small that two threads take longer
         for optimizer, peak in peaks.items():
             optimizer.param_groups[0]["lr"] = peak * factor
             optimizer.step()
             optimizer.zero_grad()
+        torch.set_num_threads(threads)
         average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
         done, now = step + 1, time.perf_counter()
         if done % 200 == 0 or done == len(batches):
