@@ -32,6 +32,7 @@ ACCEPTED = (
     " \\n\\nAssistant: turns; beside each of them system and history"
 )
 FILE_NAME = re.compile(r"\.(jsonl|json|parquet)(\.gz)?$")
+LONGEST = 500  # characters of an exception that are shown
 MERGED = 2  # tokens of a prompt that may merge with an answer's first characters
 MALFORMED_LIMIT = 0.01  # with a larger share of faulty rows the data set itself must be wrong
 
@@ -102,13 +103,17 @@ def input_error_for(what: str):
     try:
         yield
     except Exception as error:
-        raise InputError(f"{what}: {first_line(error)}") from None
+        raise InputError(f"{what}: {reason_of(error)}") from None
 
 
-def first_line(error: BaseException) -> str:
-    """Returns the first line of an exception's message, or of its cause's message if it has one."""
+def reason_of(error: BaseException) -> str:
+    """Returns the first sentence of an exception's message, or of its cause's if it has one, as one
+    line. Libraries may spread it over several lines; one that ends in no line is cut short."""
     error = error.__cause__ or error
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    lines = str(error).split("\n")
+    ends = [i for i, line in enumerate(lines, 1) if line.rstrip().endswith((".", "!", "?"))]
+    text = " ".join(" ".join(lines[: min(ends, default=len(lines))]).split())
+    return (text[:LONGEST] + " ..." * (len(text) > LONGEST)) or type(error).__name__
 
 
 # ---------------------------------------------------------------------- rows
@@ -487,7 +492,7 @@ class ChatEncoder:
         try:
             self.probe()
         except jinja2.TemplateError as error:
-            raise InputError(f"the chat template cannot be used: {first_line(error)}") from None
+            raise InputError(f"the chat template cannot be used: {reason_of(error)}") from None
         self.folds_system = not self.takes_system_turn()
 
     def template(self, messages: list[dict], generation_prompt: bool = False) -> list[int]:

@@ -48,10 +48,10 @@ from checkpoint import check_writable, load_discriminators, sha256, write_synced
 from data import (
     ChatEncoder,
     InputError,
-    first_line,
     input_error_for,
     json_lines,
     read_rows,
+    reason_of,
     user_chat,
 )
 from distributed import print0, share_out
@@ -377,7 +377,7 @@ class IFEval:
             from lm_eval.tasks.ifeval import utils
         except ImportError as error:
             raise InputError(
-                f"--judge ifeval needs lm_eval: pip install 'lm_eval[ifeval]' ({first_line(error)})"
+                f"--judge ifeval needs lm_eval: pip install 'lm_eval[ifeval]' ({reason_of(error)})"
             ) from None
         self.utils, self.skipped = utils, {}
         for p in prompts:

@@ -21,7 +21,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from data import ChatEncoder, InputError, Triplet, load_pairs
+from data import ChatEncoder, InputError, Triplet, input_error_for, load_pairs
 from helpers import CHAT, DATA, SHARED, TURNS, tiny, write_lines
 from packing import batch_indices, epoch_order, pack, plan_forwards, survey
 
@@ -794,6 +794,21 @@ def test_a_data_set_that_cannot_be_fetched_is_one_line_with_the_cause(monkeypatc
 
     monkeypatch.setattr("datasets.load_dataset", fail)
     assert "no route to host" in error_of("somebody/some-pairs")
+
+
+REASONS = {  # what a library raises, and what is shown of it
+    "spread over\n  lines.\nAnd hints": "spread over lines.",
+    "no full\nstop": "no full stop",
+    "": "ValueError",
+    "long " * 200: ("long " * 200)[:500] + " ...",
+}
+
+
+@pytest.mark.parametrize("message", REASONS)
+def test_an_error_of_a_library_is_its_first_sentence_in_one_line(message):
+    with pytest.raises(InputError) as caught, input_error_for("a file"):
+        raise OSError("says nothing") from ValueError(message)
+    assert str(caught.value) == f"a file: {REASONS[message]}"
 
 
 # ---------------------------------------------------------------------- fingerprint
