@@ -683,7 +683,7 @@ def flags() -> Parser:
     add("--score_discriminators", metavar="FILE", help="a run's discriminators.pt; adds columns")
     add("--annotations", metavar="FILE", help="what --judge annotations reads")
     add("--alpaca_data", metavar="DIR", help=f"AlpacaEval's files [{ALPACA} on the Hub]")
-    add("--chat_template", help="a jinja file [the tokenizer's own]")
+    add("--chat_template", help="a jinja file, or one of the tokenizer's [its own]")
     add("--temperatures", type=at_least_0, nargs="+", default=[0.0, 0.5, 0.7, 1.0, 1.2, 1.5],
         help="[0 0.5 0.7 1.0 1.2 1.5]")
     add("--samples", type=count, default=1, help="answers per prompt [1]")
