@@ -187,7 +187,8 @@ def parse_json(source: str, raw: bytes) -> list:
     except RecursionError:
         raise InputError(f"{where}: too many brackets within brackets") from None
     except ValueError as error:  # of decoding or of JSON
-        raise InputError(f"{where}: not JSON in UTF-8: {error}") from None
+        form = "rows of JSON in UTF-8, one in each line or all in one list"
+        raise InputError(f"{where}: not {form}: {error}") from None
     return rows
 
 
@@ -247,16 +248,20 @@ def check_columns(source: str, rows: Sequence):
 # ---------------------------------------------------------------------- one row to messages
 
 SURROGATE = re.compile("[\ud800-\udfff]")
-THINKING = re.compile(r"<(/?)(think|thinking|thought|reasoning)>")
-HH_TURN = re.compile(r"\n\n(Human|Assistant):")  # how hh-rlhf writes a chat as one string
+THINKING = re.compile(r"[<[](/?)(think|thinking|thought|reasoning)[>\]]", re.IGNORECASE)
+HH_TURN = re.compile(r"\r?\n\r?\n(Human|Assistant):")  # how hh-rlhf writes a chat as one string
 HH_PROMPT = re.compile(  # such a chat, and not a text that merely holds its words
-    r"\s*\n\nHuman:|\s*Human:.*\n\nAssistant:|.*\n\nHuman:.*\n\nAssistant:\s*$", re.DOTALL
+    r"\s*\n\s*\nHuman:|\s*Human:.*\n\r?\nAssistant:|.*\n\r?\nHuman:.*\n\r?\nAssistant:\s*$",
+    re.DOTALL,
 )
-ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}  # other names of our roles
+SPEAKER = re.compile(r"^(Human|Assistant):", re.MULTILINE)
+CHAT_AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value)["']\s*:""")
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"}
 TOOL_ROLES = set("tool tool_call tool_response function function_call observation ipython".split())
 PROMPT_CHATS = "messages", "conversations", "conversation"  # other names of a prompt chat's column
 MEDIA = "image images audio audios video videos".split()
 TOOLS = "tools functions".split()
+TEXT_PARTS = "text input_text output_text".split()
 READ = {"prompt", "chosen", "rejected", "system", "history", *MEDIA, *TOOLS}
 METADATA = set(  # words of the names of columns that are about a row, no part of what it says
     "id ids idx index uuid hash source sources dataset subset split model models score scores"
@@ -275,6 +280,8 @@ def to_messages(row) -> tuple[list[dict], str, str]:
         raise RowFault("not an object")
     refuse_more_than_text(row)
     prompt, chosen, rejected = row.get(prompt_column(row)), row.get("chosen"), row.get("rejected")
+    if any(isinstance(x, str) and CHAT_AS_TEXT.match(x) for x in (prompt, chosen, rejected)):
+        raise RowFault("a chat written as text")
     strings = isinstance(chosen, str) and isinstance(rejected, str)
     if strings and isinstance(prompt, str | list | dict):
         chosen, rejected = (answer_chat(text, prompt) for text in (chosen, rejected))
@@ -283,7 +290,7 @@ def to_messages(row) -> tuple[list[dict], str, str]:
     chosen, rejected = to_chat(chosen), to_chat(rejected)
     if isinstance(prompt, str) and (strings or len(chosen) == len(rejected) == 1):
         prompt = prompt_chat(prompt)
-    if isinstance(prompt, list | dict):
+    if isinstance(prompt, list | dict) and prompt:
         prompt = to_chat(prompt)
         # some data sets repeat the prompt inside both chats
         chosen, rejected = (
@@ -327,7 +334,8 @@ def split_thinking(answer: str) -> tuple[str, str]:
         rest = answer[tag.end() :].lstrip()
         mentioned = rest and "\n" not in answer[tag.end() : len(answer) - len(rest)]
     else:
-        rest = answer[tag.end() :].partition(f"</{tag[2]}>")[2].lstrip()
+        rest = re.split(rf"[<[]/{tag[2]}[>\]]", answer[tag.end() :], maxsplit=1, flags=re.I)[1:]
+        rest = "".join(rest).lstrip()
         mentioned = answer[: tag.start()].strip()
     return ("", answer) if mentioned else (answer[: len(answer) - len(rest)], rest)
 
@@ -422,7 +430,7 @@ def to_message(message: dict) -> dict:
         content = joined(content)
     if not isinstance(content, str):
         raise RowFault("content is not text")
-    return {"role": ROLES.get(role, role), "content": content}
+    return {"role": ROLES.get(role.lower(), role.lower()), "content": content}
 
 
 def joined(parts: list) -> str:
@@ -433,7 +441,7 @@ def joined(parts: list) -> str:
         for kind in ("image", "audio", "video"):
             if kind in part["type"]:
                 raise Unusable(f"has {kind}")
-        if part["type"] != "text" or not isinstance(part.get("text"), str):
+        if part["type"] not in TEXT_PARTS or not isinstance(part.get("text"), str):
             raise RowFault("content is not text")
     return "".join(part["text"] for part in parts) if parts else None
 
@@ -458,17 +466,17 @@ def filled(value) -> bool:
 
 
 def with_earlier_turns(prompt: list[dict], system, history) -> list[dict]:
-    """Returns a prompt with the columns system (a text) and history (a list of [user, assistant])
-    in front of it. Raises RowFault if they are something else."""
+    """Returns a prompt with the columns system (a text) and history (a list of [user, assistant]
+    or of messages) in front of it. Raises RowFault if they are something else."""
     first = prompt[:1] if prompt and prompt[0]["role"] == "system" else []
     rest, turns = prompt[len(first) :], []
-    if filled(history):
-        if not isinstance(history, list):
-            raise RowFault("history is no list of [user, assistant]")
-        for pair in history:
-            if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
-                raise RowFault("history is no list of [user, assistant]")
+    for pair in history if isinstance(history, list) else [history] * filled(history):
+        if isinstance(pair, dict):
+            turns.append(to_message(pair))
+        elif isinstance(pair, list) and [type(text) for text in pair] == [str, str]:
             turns += [*user_chat(pair[0]), assistant_turn(pair[1])]
+        else:
+            raise RowFault("history is no list of [user, assistant]")
     if filled(system):
         if not isinstance(system, str):
             raise RowFault("system is not text")
@@ -519,7 +527,7 @@ def hh_turns(text: str) -> list[dict]:
     the system's."""
     system, *parts = HH_TURN.split(text)
     if not parts:
-        raise RowFault("no Human/Assistant turns")
+        raise RowFault("no prompt")
     turns = [{"role": "system", "content": system.strip()}] if system.strip() else []
     roles = {"Human": "user", "Assistant": "assistant"}
     for role, content in zip(parts[::2], parts[1::2], strict=True):
@@ -788,9 +796,9 @@ class ChatEncoder:
         if any(ids[-1] != self.end_of_turn for ids in answers):
             raise RowFault("the template ends no turn")
         left_out = any(
-            said not in text
+            text.count(said) < n
             for (_, text), answer in zip(encoded, (chosen, rejected), strict=True)
-            for said in what_is_said([*messages, assistant_turn(answer)])
+            for said, n in Counter(what_is_said([*messages, assistant_turn(answer)])).items()
         )
         chosen, rejected = (ids[n:max_length] for ids in answers)
         if n >= max_length:
@@ -896,7 +904,10 @@ def noticed(
         f"thinking {'left out of' if stripped else 'in'} answers": sum(
             split_thinking(answer)[0] != "" for answer in answers
         ),
-        "turns of hh-rlhf inside a text": any(map(HH_TURN.search, texts)),
+        "Human: or Assistant: begins a line": any(map(SPEAKER.search, texts)),
+        "answers repeat the prompt": all(
+            answer.lstrip().startswith(messages[-1]["content"].strip()) for answer in answers
+        ),
         "score tie": scored and better == worse,
         "score inversion": scored and better < worse,
     }

@@ -411,6 +411,15 @@ SCHEMAS = {
     "hh-rlhf's prompt": row(HH.rstrip(), " yes", " no"),
     "hh-rlhf's prompt without line feeds": row(HH.strip(), " yes", " no"),
     "hh-rlhf's prompt repeated": row(HH, HH + "yes", HH + "no"),
+    "hh-rlhf with carriage returns": row(HH.replace("\n", "\r\n"), "yes", "no"),
+    "other names of roles": row(
+        [{"role": "User", "content": "q"}], [{"role": "model", "content": "yes"}], answer("no")
+    ),
+    "parts of another interface": row(
+        chat([{"type": "input_text", "text": "q"}]),
+        answer([{"type": "output_text", "text": "yes"}]), answer("no"),
+    ),
+    "an empty prompt": row([], chat("q", "yes"), chat("q", "no")),
     "hh-rlhf's prompt and messages": row(HH, answer("yes"), answer("no")),
     "hh-rlhf's prompt repeated without line feeds": row(HH, HH.strip() + " yes", HH + "no"),
     "messages": {"messages": chat("q"), "chosen": answer("yes")[0], "rejected": answer("no")[0]},
@@ -441,6 +450,7 @@ EARLIER = {  # the same prompt, with turns in columns of their own
     "chat": row(KIND + chat("p", "o", "q"), "yes", "no"),
     "developer": row([KIND[0] | {"role": "developer"}, *chat("p", "o", "q")], "yes", "no"),
     "columns": row("q", "yes", "no") | {"system": "be kind", "history": [["p", "o"]]},
+    "history of messages": row("q", "yes", "no") | {"system": "be kind", "history": chat("p", "o")},
     "columns beside chats": {"chosen": chat("q", "yes"), "rejected": chat("q", "no"),
                              "system": "be kind", "history": [["p", "o"]]},
     "hh-rlhf": row("be kind\n\nHuman: p\n\nAssistant: o" + HH, " yes", " no"),
@@ -536,7 +546,12 @@ def test_a_text_that_merely_holds_the_words_of_hh_rlhf_stays_one_turn_and_is_cou
 ):
     pairs = load(tmp_path, [row(prompt, "yes", "no\n\nHuman: more"), row("q", "yes", "no")])
     assert lists(pairs)[0][0] == ids(f"<s><|user|>{prompt}<|end|>\n<|assistant|>")
-    assert pairs.notes == {"turns of hh-rlhf inside a text": 1}
+    assert pairs.notes == {"Human: or Assistant: begins a line": 1}
+
+
+def test_answers_that_repeat_the_prompt_are_counted(tmp_path):
+    rows = [row("q", "q yes", "q no"), row("q", "q yes", "no")]
+    assert load(tmp_path, rows).notes == {"answers repeat the prompt": 1}
 
 
 def test_all_common_turns_are_the_prompt(tmp_path):
@@ -594,6 +609,8 @@ FAULTS = [
     ("system is not text", row("q", "a", "b") | {"system": ["s"]}),
     ("history is no list of [user, assistant]", row("q", "a", "b") | {"history": "earlier"}),
     ("history is no list of [user, assistant]", row("q", "a", "b") | {"history": [["p"]]}),
+    ("a chat written as text", row("q", json.dumps(chat("q", "a")), json.dumps(chat("q", "b")))),
+    ("a chat written as text", row(str(chat("q")), "a", "b")),
     ("turns do not alternate", {"chosen": answer("a"), "rejected": answer("b")}),
     ("answer is not the assistant's", row(chat("q"), chat("a"), answer("b"))),
     ("answer is not the assistant's", row(chat("q"), answer("a"), chat("b"))),
@@ -601,7 +618,7 @@ FAULTS = [
     ("literal special token", row("q", "a</s>", "b")),
     ("literal special token", row("q", "a", "<s>b")),
     ("no chat", row("q", None, "b")),
-    ("no Human/Assistant turns", row(None, "a", "b")),
+    ("no prompt", row(None, "a", "b")),
     ("no chat", row("q", "a", answer("b"))),
     ("no chat", row(chat("q"), answer("a"), [])),
     ("content is not text", row(chat("q"), answer(None), answer("b"))),
@@ -671,7 +688,8 @@ def test_truncation_cuts_the_end_of_the_answers_and_keeps_the_prompt(room, tmp_p
 THINKING = [  # an answer, what is thinking in it, and the rest
     ("<think>\nso\n</think>\n\nyes", "<think>\nso\n</think>\n\n", "yes"),
     ("so\n</think>\n\nyes", "so\n</think>\n\n", "yes"),
-    (" <reasoning>so</reasoning>yes", " <reasoning>so</reasoning>", "yes"),
+    (" <Reasoning>so</reasoning>yes", " <Reasoning>so</reasoning>", "yes"),
+    ("[THINK]so[/THINK] yes", "[THINK]so[/THINK] ", "yes"),
     ("<thought>so, cut", "<thought>so, cut", ""),
     ("so</think>", "so</think>", ""),
     ("<think></think>a</think>\nb", "<think></think>", "a</think>\nb"),
@@ -1050,7 +1068,7 @@ def test_a_config_of_what_has_none_is_refused(tmp_path):
 DEEP = b'{"prompt": ' + b"[" * 10_000 + b"]" * 10_000 + b', "chosen": "a", "rejected": "b"}'
 UNUSABLE = {  # the file's bytes, and what the message must say beside its name
     "missing.jsonl": (None, "no such file"),
-    "cut.jsonl": (b'{"a": 1}\n\n{"a": ', "line 3: not JSON"),
+    "cut.jsonl": (b'{"a": 1}\n\n{"a": ', "line 3: not rows of JSON"),
     "cut.json": (b'[{"a": 1}', "line 1 column 10"),
     "latin1.jsonl": (b'{"a": "\xe9"}', "utf-8"),
     "cut.jsonl.gz": (FILES["rows.jsonl.gz"][:-9], "cannot be read"),
@@ -1066,7 +1084,7 @@ UNUSABLE = {  # the file's bytes, and what the message must say beside its name
     "lists.json": (b"[[1]]", "a list; accepted"),
     "deep.jsonl": (json.dumps(good(1)[0]).encode() + b"\n" + DEEP, "line 2: too many brackets"),
     "deep.json": (b"[" + DEEP + b"]", "too many brackets"),
-    "number.jsonl": (b'{"a": ' + b"1" * 5000 + b"}", "line 1: not JSON"),
+    "number.jsonl": (b'{"a": ' + b"1" * 5000 + b"}", "line 1: not rows of JSON"),
     "long.jsonl": (b'{"' + b"a" * 5000 + b'": 1}', "aaa ...; accepted"),
     "surrogate.jsonl": (b'{"\\ud800": 1}', r"in \ud800; accepted"),
 }
