@@ -214,7 +214,7 @@ def read_with_datasets(source: str, split: str, config: str | None) -> Sequence[
         if type(error) is datasets.exceptions.DatasetGenerationError:
             error = error.__cause__ or error
         reason = shortened(str(error)) or type(error).__name__
-        if "config" in reason and not config:
+        if "Config name is missing" in reason:
             reason += " (--dataset_config NAME picks one)"
         raise InputError(f"{source}: {missing}cannot be loaded as a data set: {reason}") from None
     if isinstance(found, datasets.Dataset):
@@ -250,12 +250,8 @@ def check_columns(source: str, rows: Sequence):
 SURROGATE = re.compile("[\ud800-\udfff]")
 THINKING = re.compile(r"[<[](/?)(think|thinking|thought|reasoning)[>\]]", re.IGNORECASE)
 HH_TURN = re.compile(r"\r?\n\r?\n(Human|Assistant):")  # how hh-rlhf writes a chat as one string
-HH_PROMPT = re.compile(  # such a chat, and not a text that merely holds its words
-    r"\s*\n\s*\nHuman:|\s*Human:.*\n\r?\nAssistant:|.*\n\r?\nHuman:.*\n\r?\nAssistant:\s*$",
-    re.DOTALL,
-)
 SPEAKER = re.compile(r"^(Human|Assistant):", re.MULTILINE)
-CHAT_AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value)["']\s*:""")
+CHAT_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"}
 TOOL_ROLES = set("tool tool_call tool_response function function_call observation ipython".split())
 PROMPT_CHATS = "messages", "conversations", "conversation"  # other names of a prompt chat's column
@@ -350,21 +346,17 @@ def what_is_said(messages: list[dict]) -> Iterator[str]:
         yield from (THINKING.sub("", thinking).strip(), rest.strip())
 
 
-def without_thinking(
-    messages: list[dict], chosen: str, rejected: str
-) -> tuple[list[dict], str, str]:
+def without_thinking(messages: list[dict], *answers: str) -> tuple[list[dict], str, str]:
     """Returns a pair without what the assistant thinks in it. Raises Unusable if an answer is
     nothing else, or if nothing else tells the answers apart."""
-    chosen, rejected = (split_thinking(text)[1] for text in (chosen, rejected))
+    chosen, rejected = (split_thinking(text)[1] for text in answers)
     if not chosen or not rejected:
         raise Unusable("an answer of thinking alone")
     if chosen == rejected:
         raise Unusable("identical without thinking")
-    messages = [
-        assistant_turn(split_thinking(m["content"])[1]) if m["role"] == "assistant" else m
-        for m in messages
-    ]
-    return messages, chosen, rejected
+    turns = [(m, split_thinking(m["content"])[1]) for m in messages]
+    turns = [assistant_turn(rest) if m["role"] == "assistant" else m for m, rest in turns]
+    return turns, chosen, rejected
 
 
 def half_a_character(text: str) -> bool:
@@ -382,21 +374,25 @@ def assistant_turn(text: str) -> dict:
     return {"role": "assistant", "content": text}
 
 
+def is_hh(prompt) -> bool:
+    """Returns whether a prompt is a chat of hh-rlhf, and not a text that merely holds its words."""
+    speakers = HH_TURN.findall(prompt) if isinstance(prompt, str) else []
+    begins = speakers and prompt.lstrip().startswith("Human:")
+    return bool(begins or "Human" in speakers and prompt.rstrip().endswith("\nAssistant:"))
+
+
 def prompt_chat(text: str) -> list[dict]:
     """Returns the conversation of a prompt that is a string, which hh-rlhf writes with turns."""
-    if not HH_PROMPT.match(text):
-        return user_chat(text)
-    turns = hh_turns("\n\n" + text.strip())
-    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+    turns = hh_turns("\n\n" + text.strip()) if is_hh(text) else user_chat(text)
+    return turns[:-1] if turns[-1] == assistant_turn("") else turns
 
 
 def answer_chat(text: str, prompt) -> list[dict]:
     """Returns the chat of an answer that is a string; hh-rlhf's may repeat the prompt's turns."""
-    if isinstance(prompt, str) and HH_PROMPT.match(prompt):
+    if is_hh(prompt):
         text = text.removeprefix(prompt).strip()
-        if text.startswith("Human:"):
-            return hh_turns("\n\n" + text)
-    return [assistant_turn(text)]
+    repeats = is_hh(prompt) and text.startswith("Human:")
+    return hh_turns("\n\n" + text) if repeats else [assistant_turn(text)]
 
 
 def to_chat(chat) -> list[dict]:
@@ -423,6 +419,7 @@ def to_message(message: dict) -> dict:
     if not isinstance(role, str):
         raise RowFault("no chat")
     calls = filled(message.get("tool_calls")) or filled(message.get("function_call"))
+    role = role.lower()
     if role in TOOL_ROLES or calls:
         raise Unusable("tool turns")
     refuse_more_than_text(message)
@@ -430,7 +427,7 @@ def to_message(message: dict) -> dict:
         content = joined(content)
     if not isinstance(content, str):
         raise RowFault("content is not text")
-    return {"role": ROLES.get(role.lower(), role.lower()), "content": content}
+    return {"role": ROLES.get(role, role), "content": content}
 
 
 def joined(parts: list) -> str:
@@ -470,7 +467,7 @@ def with_earlier_turns(prompt: list[dict], system, history) -> list[dict]:
     or of messages) in front of it. Raises RowFault if they are something else."""
     first = prompt[:1] if prompt and prompt[0]["role"] == "system" else []
     rest, turns = prompt[len(first) :], []
-    for pair in history if isinstance(history, list) else [history] * filled(history):
+    for pair in (history if isinstance(history, list) else [history]) * filled(history):
         if isinstance(pair, dict):
             turns.append(to_message(pair))
         elif isinstance(pair, list) and [type(text) for text in pair] == [str, str]:
@@ -491,19 +488,14 @@ def unread_columns(row: dict) -> list[str]:
     """Returns the columns of a usable row, and the keys of its messages, that hold something which
     is not read and is no metadata (ids, scores, sources)."""
     chats = "prompt", prompt_column(row), "chosen", "rejected"
-    found = [name for name in row if name not in {*READ, *chats}]
-    if isinstance(row["chosen"], list):  # then columns beside it may repeat what is in the chat
-        found = [name for name in found if row[name] != row["chosen"]]
-        turns = [
-            text.strip() for m in row["chosen"] for text in m.values() if isinstance(text, str)
-        ]
-        if (
-            len(turns) > 2
-            and isinstance(row.get("prompt"), str)
-            and row["prompt"].strip() not in turns
-        ):
-            found.append("prompt")
-    unread = [name for name in found if filled(row[name]) and not is_metadata(name)]
+    chosen, prompt = row["chosen"], row.get("prompt")
+    unread = [name for name in row if name not in {*READ, *chats}]
+    if isinstance(chosen, list):  # then columns beside it may repeat what is in the chat
+        unread = [name for name in unread if row[name] != chosen]
+        said = [text.strip() for m in chosen for text in m.values() if isinstance(text, str)]
+        if len(chosen) > 1 and isinstance(prompt, str) and prompt.strip() not in said:
+            unread.append("prompt")
+    unread = [name for name in unread if filled(row[name]) and not is_metadata(name)]
     for column in dict.fromkeys(chats):
         chat = row.get(column)
         for message in [chat] if isinstance(chat, dict) else chat if isinstance(chat, list) else []:
@@ -516,10 +508,9 @@ def unread_columns(row: dict) -> list[str]:
 def is_metadata(name: str) -> bool:
     """Returns whether a column's name says metadata: an id, or only words of METADATA beside the
     names of the columns that it is about."""
-    words = [
-        w for w in re.split(r"\W|_", name.lower()) if w not in ("chosen", "rejected", "prompt")
-    ]
-    return bool(words) and ({*words} <= METADATA or words[-1] in ("id", "index"))
+    words = re.split(r"\W|_", name.lower())
+    about = {*words} - {"chosen", "rejected", "prompt"}
+    return bool(about) and (about <= METADATA or words[-1] in ("id", "index"))
 
 
 def hh_turns(text: str) -> list[dict]:
@@ -623,11 +614,9 @@ class ChatEncoder:
         """Returns the text of messages, with generation_prompt followed by the assistant header."""
         try:
             return self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.chat_template,
+                messages, chat_template=self.chat_template, tokenize=False,
                 add_generation_prompt=generation_prompt,
-                tokenize=False,
-            )
+            )  # fmt: skip
         except Exception as error:  # a template is code: it may raise anything
             raise TemplateError(reason_of(error)) from None
 
@@ -760,14 +749,9 @@ class ChatEncoder:
         return [{**user, "content": system["content"] + "\n\n" + user["content"]}, *rest]
 
     def triplet(
-        self,
-        messages: list[dict],
-        chosen: str,
-        rejected: str,
-        max_length: int,
-        row: int,
+        self, messages: list[dict], chosen: str, rejected: str, max_length: int, row: int,
         notes: Counter,
-    ) -> Triplet:
+    ) -> Triplet:  # fmt: skip
         """Returns the ids of a pair; an answer is cut where it and the prompt exceed max_length.
 
         notes counts what was noticed. Raises RowFault if the pair cannot be encoded, and TooLong
@@ -796,9 +780,9 @@ class ChatEncoder:
         if any(ids[-1] != self.end_of_turn for ids in answers):
             raise RowFault("the template ends no turn")
         left_out = any(
-            text.count(said) < n
+            text.count(said) < times
             for (_, text), answer in zip(encoded, (chosen, rejected), strict=True)
-            for said, n in Counter(what_is_said([*messages, assistant_turn(answer)])).items()
+            for said, times in Counter(what_is_said([*messages, assistant_turn(answer)])).items()
         )
         chosen, rejected = (ids[n:max_length] for ids in answers)
         if n >= max_length:
@@ -823,15 +807,10 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 
 
 def load_pairs(
-    source: str,
-    split: str,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    log: Callable = lambda line: None,
-    config: str | None = None,
-    strip_thinking: bool = False,
+    source: str, split: str, tokenizer: PreTrainedTokenizerBase, max_length: int,
+    log: Callable = lambda line: None, config: str | None = None, strip_thinking: bool = False,
     day: str | None = None,
-) -> PreferenceData:
+) -> PreferenceData:  # fmt: skip
     """Returns the pairs of a data set; prompt and answer have at most max_length tokens.
 
     source, split and config are those of read_rows. log(line) is told the progress. With
@@ -860,7 +839,7 @@ def load_pairs(
             dropped[type(fault)][str(fault)] += 1
             first_row.setdefault(str(fault), i)
         else:
-            notes.update(noticed(row, *as_given, strip_thinking))
+            notes.update(noticed(row, *as_given, stripped=strip_thinking))
             unread |= dict.fromkeys(unread_columns(row), i)
         if (i + 1) % 10_000 == 0:
             log(f"tokenised {i + 1:,} of {len(rows):,} rows")
@@ -880,34 +859,23 @@ def load_pairs(
     digest = hashlib.sha256()
     for ids in (ids for t in triplets for ids in t[:3]):
         digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
+    dropped, fingerprint = too_long + faults + unusable, digest.hexdigest()[:16]
     return PreferenceData(
-        triplets,
-        dropped=too_long + faults + unusable,
-        notes=+notes,
-        n_rows=len(rows),
-        fingerprint=digest.hexdigest()[:16],
-        unread=tuple(unread),
-        day=encoder.day,
+        triplets, dropped, +notes, len(rows), fingerprint, tuple(unread), encoder.day
     )
 
 
-def noticed(
-    row: dict, messages: list[dict], chosen: str, rejected: str, stripped: bool
-) -> dict[str, int]:
+def noticed(row: dict, messages: list[dict], *answers: str, stripped: bool) -> dict[str, int]:
     """Returns counts of what is worth knowing about a row that is kept; stripped says whether its
     thinking was left out."""
-    answers = chosen, rejected
-    texts = [m["content"] for m in messages] + [*answers]
+    *earlier, asked = (m["content"] for m in messages)
     better, worse = row.get("score_chosen"), row.get("score_rejected")
     scored = isinstance(better, int | float) and isinstance(worse, int | float)
+    kept = "left out of" if stripped else "in"
     return {
-        f"thinking {'left out of' if stripped else 'in'} answers": sum(
-            split_thinking(answer)[0] != "" for answer in answers
-        ),
-        "Human: or Assistant: begins a line": any(map(SPEAKER.search, texts)),
-        "answers repeat the prompt": all(
-            answer.lstrip().startswith(messages[-1]["content"].strip()) for answer in answers
-        ),
+        f"thinking {kept} answers": sum(split_thinking(text)[0] != "" for text in answers),
+        "Human: or Assistant: begins a line": any(map(SPEAKER.search, (*earlier, asked, *answers))),
+        "answers repeat the prompt": all(a.lstrip().startswith(asked.strip()) for a in answers),
         "score tie": scored and better == worse,
         "score inversion": scored and better < worse,
     }
@@ -923,13 +891,9 @@ def load_data(
     set's. Raises InputError as load_pairs does, and if there are too few pairs.
     """
     load = partial(
-        load_pairs,
-        tokenizer=tokenizer,
-        max_length=max_length,
-        log=log,
-        strip_thinking=args.strip_thinking,
-        day=args.template_day,
-    )
+        load_pairs, tokenizer=tokenizer, max_length=max_length, log=log,
+        strip_thinking=args.strip_thinking, day=args.template_day,
+    )  # fmt: skip
     data, held_out = load(args.dataset, args.split, config=args.dataset_config), None
     if len(data.triplets) < args.batch_size:
         fewer = f"fewer pairs than --batch_size {args.batch_size}"

@@ -35,7 +35,7 @@ from data import (
     load_pairs,
     split_thinking,
 )
-from helpers import CHAT, DATA, SHARED, TURNS, tiny, write_lines
+from helpers import CHAT, DATA, SHARED, TURNS, json_of, run, tiny, write_lines
 from packing import batch_indices, epoch_order, pack, plan_forwards, survey
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no published data at {SHARED}")
@@ -442,7 +442,7 @@ SCHEMAS = {
     ),
     "metadata and empty columns": row("q", "yes", "no") | {
         "prompt_id": "1", "score_chosen": 2, "chosen-rating": 4, "source": "own", "tools": "[]",
-        "images": [], "system": "", "history": [], "extra": None, "messages": [{"role": None}],
+        "images": [], "system": "", "history": [["", ""]], "extra": None, "messages": [{"role": None}],
     },
 }  # fmt: skip
 KIND = [{"role": "system", "content": "be kind"}]
@@ -923,6 +923,22 @@ def test_the_day_that_a_template_writes_is_todays_unless_another_is_given(tmp_pa
     assert today.day == "2024-01-06" and today.fingerprint != first.fingerprint
     assert again.fingerprint == first.fingerprint
     assert load(tmp_path, good(2), day="2024-01-05").day is None
+
+
+def test_a_run_that_goes_on_tomorrow_reads_the_day_of_its_beginning(
+    tiny_world, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "dated.jinja").write_text(DATED)
+    more = f"--chat_template={tmp_path / 'dated.jinja'}", "--lambda_adv=0", "--max_length=128"
+    run(tiny_world, tmp_path / "r", *more, "--stop_after=1")
+    began = json_of(tmp_path / "r" / "config.json")["template_day"]
+    assert began == str(date.today()) and f"writes the day: {began}" in capsys.readouterr().out
+    monkeypatch.setattr("data.date", SimpleNamespace(
+        today=lambda: date(2099, 1, 1), fromisoformat=date.fromisoformat
+    ))  # fmt: skip
+    rows, _ = run(tiny_world, tmp_path / "r", *more, "--resume")
+    assert len(rows) == 3 and f"writes the day: {began}" in capsys.readouterr().out
+    assert json_of(tmp_path / "r" / "config.json")["template_day"] == began
 
 
 FAILING = {  # what a template does, and what is said of it
