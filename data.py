@@ -12,15 +12,15 @@ import hashlib
 import io
 import json
 import re
-import textwrap
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -32,6 +32,7 @@ ACCEPTED = (
     " \\n\\nAssistant: turns; beside each of them system and history"
 )
 FILE_NAME = re.compile(r"\.(jsonl|json|parquet)(\.gz)?$")
+LONGEST = 1000  # characters of an exception, or of names, that are shown
 MERGED = 2  # tokens of a prompt that may merge with an answer's first characters
 MALFORMED_LIMIT = 0.01  # with a larger share of faulty rows the data set itself must be wrong
 
@@ -53,6 +54,10 @@ class Unusable(RowFault):
     speakers who take turns."""
 
 
+class TemplateError(Exception):
+    """What a chat template raises, or what is wrong with it."""
+
+
 class Triplet(NamedTuple):
     """The token ids of a pair, int32. The prompt ends with the assistant header, and both answers
     continue it [choice 12]."""
@@ -72,6 +77,7 @@ class PreferenceData(NamedTuple):
     n_rows: int  # rows of the source
     fingerprint: str  # a hash of all token ids in order
     unread: tuple[str, ...] = ()  # columns and keys of messages that hold something and are ignored
+    day: str | None = None  # ChatEncoder.day
 
     def steps(self, batch_size: int) -> int:
         """Returns the number of steps in an epoch: whole batches only."""
@@ -80,14 +86,26 @@ class PreferenceData(NamedTuple):
     def summary(self) -> str:
         """Returns one line about rows, drops and notes."""
         kept = f"{len(self.triplets):,} of {self.n_rows:,} rows"
-        unread = f"; columns not read: {', '.join(self.unread)}" if self.unread else ""
+        unread = f"; columns not read: {names(self.unread)}" if self.unread else ""
+        day = f"; the chat template writes the day: {self.day}" if self.day else ""
         noted = counts(self.notes)
-        return f"{kept}; dropped: {counts(self.dropped)}; kept but noted: {noted}{unread}"
+        return f"{kept}; dropped: {counts(self.dropped)}; kept but noted: {noted}{unread}{day}"
 
 
 def counts(counter: Counter) -> str:
     """Returns a counter as text, the largest count first."""
     return ", ".join(f"{reason} {n}" for reason, n in counter.most_common()) or "none"
+
+
+def names(words: Iterable[str]) -> str:
+    """Returns words in one line that can be printed; many of them are cut short."""
+    return shortened(", ".join(words).encode("utf-8", "backslashreplace").decode())
+
+
+def shortened(text: str) -> str:
+    """Returns a text as one line, at most LONGEST characters of it."""
+    text = " ".join(text.split())
+    return text[:LONGEST] + " ..." * (len(text) > LONGEST)
 
 
 # ---------------------------------------------------------------------- errors in one line
@@ -102,23 +120,28 @@ def input_error_for(what: str):
     try:
         yield
     except Exception as error:
-        raise InputError(f"{what}: {first_line(error)}") from None
+        raise InputError(f"{what}: {reason_of(error)}") from None
 
 
-def first_line(error: BaseException) -> str:
-    """Returns the first line of an exception's message, or of its cause's message if it has one."""
+def reason_of(error: BaseException) -> str:
+    """Returns the first sentence of an exception's message, or of its cause's if it has one, as one
+    line. Libraries spread it over several lines; a sentence that does not end is cut short."""
     error = error.__cause__ or error
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    lines = str(error).split("\n")
+    ends = [i for i, line in enumerate(lines, 1) if line.rstrip().endswith((".", "!", "?"))]
+    sentence = "\n".join(lines[: min(ends, default=len(lines))])
+    return shortened(sentence) or type(error).__name__
 
 
 # ---------------------------------------------------------------------- rows
 
 
-def read_rows(source: str, split: str) -> Sequence[dict]:
+def read_rows(source: str, split: str, config: str | None = None) -> Sequence[dict]:
     """Returns the rows of a data set.
 
     source is a .jsonl, .json or .parquet file, also with .gz behind it, a folder, or a Hub id. A
-    single file has one split, "train". Raises InputError if it cannot be read or has no such split.
+    single file has one split, "train". config names one of several configs of a folder or Hub id.
+    Raises InputError if it cannot be read, has no such split, or has no configs.
     """
     path = Path(source)
     kind = FILE_NAME.search(source)
@@ -127,7 +150,9 @@ def read_rows(source: str, split: str) -> Sequence[dict]:
     if not path.exists() and (kind or is_local(source)):
         raise InputError(f"{source}: no such file")
     if not path.is_file():
-        return read_with_datasets(source, split)
+        return read_with_datasets(source, split, config)
+    if config:
+        raise InputError(f"--dataset_config {config}: {source} is one file, which has no configs")
     if split != "train":
         raise InputError(f"{source}: no split {split!r}; a single file has one, 'train'")
     try:
@@ -149,20 +174,21 @@ def parse_parquet(source: str, raw: bytes) -> list[dict]:
 
 def parse_json(source: str, raw: bytes) -> list:
     """Returns the rows of a JSON list, or of a text with one row of JSON in each line."""
+    where = source
     try:
         text = raw.decode("utf-8-sig")  # without a byte-order mark
         if text.lstrip().startswith("["):
             return json.loads(text)
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):
+            where = f"{source}, line {number}"
+            if line.strip():
+                rows.append(json.loads(line))
+    except RecursionError:
+        raise InputError(f"{where}: too many brackets within brackets") from None
     except ValueError as error:  # of decoding or of JSON
-        raise InputError(f"{source}: {error}") from None
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise InputError(f"{source}, line {number}: not JSON: {error}") from None
+        form = "rows of JSON in UTF-8, one in each line or all in one list"
+        raise InputError(f"{where}: not {form}: {error}") from None
     return rows
 
 
@@ -171,21 +197,25 @@ def json_lines(rows: Iterable[dict]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def read_with_datasets(source: str, split: str) -> Sequence[dict]:
+def read_with_datasets(source: str, split: str, config: str | None) -> Sequence[dict]:
     """Returns the rows of a folder or Hub id; raises InputError without such data or split."""
     import datasets  # takes two seconds to import, so only where it is needed
 
     try:
         if Path(source, "dataset_dict.json").is_file() or Path(source, "state.json").is_file():
+            if config:
+                raise ValueError("a folder of save_to_disk has no configs (--dataset_config)")
             found = datasets.load_from_disk(source)
         else:
-            found = datasets.load_dataset(source)
+            found = datasets.load_dataset(source, config)
     except Exception as error:  # the library and the Hub raise many kinds
         missing = "" if Path(source).exists() else "is no file here and "
         # the library wraps most errors of reading in one that says nothing
         if type(error) is datasets.exceptions.DatasetGenerationError:
             error = error.__cause__ or error
-        reason = textwrap.shorten(str(error) or type(error).__name__, 500, placeholder=" ...")
+        reason = shortened(str(error)) or type(error).__name__
+        if "Config name is missing" in reason:
+            reason += " (--dataset_config NAME picks one)"
         raise InputError(f"{source}: {missing}cannot be loaded as a data set: {reason}") from None
     if isinstance(found, datasets.Dataset):
         found = {"train": found}
@@ -212,24 +242,22 @@ def check_columns(source: str, rows: Sequence):
     if usable and isinstance(row["chosen"], str):  # without a chat: a prompt, or turns in the text
         usable = {"prompt", *PROMPT_CHATS} & {*columns} or HH_TURN.search(row["chosen"])
     if not usable:
-        raise InputError(f"{source}: no preference data in {', '.join(columns)}; {ACCEPTED}")
+        raise InputError(f"{source}: no preference data in {names(columns)}; {ACCEPTED}")
 
 
 # ---------------------------------------------------------------------- one row to messages
 
-SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can hold
-THINKING = re.compile(  # a passage that is closed, or one that is opened and never closed
-    r"(?:(?!<think|<reason).)*?</(?:think|thinking|reasoning)>\s*"
-    r"|\s*<(think|thinking|reasoning)>(?:.*?</\1>\s*|.*)",
-    re.DOTALL,
-)
-HH_TURN = re.compile(r"\n\n(Human|Assistant):")  # how hh-rlhf writes a chat as one string
-HH_PROMPT = re.compile(r"\n\nHuman:|\s*Human:.*\n\nAssistant:\s*$", re.DOTALL)
-ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}  # other names of our roles
+SURROGATE = re.compile("[\ud800-\udfff]")
+THINKING = re.compile(r"[<[](/?)(think|thinking|thought|reasoning)[>\]]", re.IGNORECASE)
+HH_TURN = re.compile(r"\r?\n\r?\n(Human|Assistant):")  # how hh-rlhf writes a chat as one string
+SPEAKER = re.compile(r"^(Human|Assistant):", re.MULTILINE)
+CHAT_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"}
 TOOL_ROLES = set("tool tool_call tool_response function function_call observation ipython".split())
 PROMPT_CHATS = "messages", "conversations", "conversation"  # other names of a prompt chat's column
 MEDIA = "image images audio audios video videos".split()
 TOOLS = "tools functions".split()
+TEXT_PARTS = "text input_text output_text".split()
 READ = {"prompt", "chosen", "rejected", "system", "history", *MEDIA, *TOOLS}
 METADATA = set(  # words of the names of columns that are about a row, no part of what it says
     "id ids idx index uuid hash source sources dataset subset split model models score scores"
@@ -248,21 +276,17 @@ def to_messages(row) -> tuple[list[dict], str, str]:
         raise RowFault("not an object")
     refuse_more_than_text(row)
     prompt, chosen, rejected = row.get(prompt_column(row)), row.get("chosen"), row.get("rejected")
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if not isinstance(prompt, str | list | dict):
-            chosen, rejected, prompt = hh_turns(chosen), hh_turns(rejected), None
-        elif isinstance(prompt, str) and HH_PROMPT.match(prompt):
-            chosen, rejected = (s.removeprefix(prompt).strip() for s in (chosen, rejected))
-            prompt = hh_turns("\n\n" + prompt.strip())
-            prompt = prompt[: -1 if prompt[-1]["content"] == "" else None]
-        chosen, rejected = (
-            [{"role": "assistant", "content": s}] if isinstance(s, str) else s
-            for s in (chosen, rejected)
-        )
+    if any(isinstance(x, str) and CHAT_AS_TEXT.match(x) for x in (prompt, chosen, rejected)):
+        raise RowFault("a chat written as text")
+    strings = isinstance(chosen, str) and isinstance(rejected, str)
+    if strings and isinstance(prompt, str | list | dict):
+        chosen, rejected = (answer_chat(text, prompt) for text in (chosen, rejected))
+    elif strings:
+        chosen, rejected, prompt = hh_turns(chosen), hh_turns(rejected), None
     chosen, rejected = to_chat(chosen), to_chat(rejected)
-    if isinstance(prompt, str) and len(chosen) == len(rejected) == 1:
-        prompt = user_chat(prompt)
-    if isinstance(prompt, list | dict):
+    if isinstance(prompt, str) and (strings or len(chosen) == len(rejected) == 1):
+        prompt = prompt_chat(prompt)
+    if isinstance(prompt, list | dict) and prompt:
         prompt = to_chat(prompt)
         # some data sets repeat the prompt inside both chats
         chosen, rejected = (
@@ -295,17 +319,80 @@ def prompt_column(row: dict) -> str:
 def split_thinking(answer: str) -> tuple[str, str]:
     """Returns what an answer thinks aloud first, "" if nothing, and the answer without it.
 
-    Some models write their thoughts between <think> and </think> (also thinking, reasoning) before
-    the answer. Where the prompt opens the passage only its end is in the answer; where the answer
-    was cut there is no end, and nothing is left.
+    Some models write their thoughts between <think> and </think> (also thinking, thought,
+    reasoning) before the answer. Where the prompt opens the passage only its end is in the answer,
+    at the end of a line. Where the answer was cut there is no end, and nothing is left.
     """
-    found = THINKING.match(answer)
-    return (found[0], answer[found.end() :]) if found else ("", answer)
+    tag = THINKING.search(answer)
+    if not tag:
+        return "", answer
+    if tag[1]:  # it ends what the prompt has opened
+        rest = answer[tag.end() :].lstrip()
+        mentioned = rest and "\n" not in answer[tag.end() : len(answer) - len(rest)]
+    else:
+        rest = re.split(rf"[<[]/{tag[2]}[>\]]", answer[tag.end() :], maxsplit=1, flags=re.I)[1:]
+        rest = "".join(rest).lstrip()
+        mentioned = answer[: tag.start()].strip()
+    return ("", answer) if mentioned else (answer[: len(answer) - len(rest)], rest)
+
+
+def what_is_said(messages: list[dict]) -> Iterator[str]:
+    """Yields the texts of messages without white space around them; an assistant's in two parts,
+    its thinking without tags and the rest, because templates write tags of their own."""
+    for m in messages:
+        thinking, rest = "", m["content"]
+        if m["role"] == "assistant":
+            thinking, rest = split_thinking(rest)
+        yield from (THINKING.sub("", thinking).strip(), rest.strip())
+
+
+def without_thinking(messages: list[dict], *answers: str) -> tuple[list[dict], str, str]:
+    """Returns a pair without what the assistant thinks in it. Raises Unusable if an answer is
+    nothing else, or if nothing else tells the answers apart."""
+    chosen, rejected = (split_thinking(text)[1] for text in answers)
+    if not chosen or not rejected:
+        raise Unusable("an answer of thinking alone")
+    if chosen == rejected:
+        raise Unusable("identical without thinking")
+    turns = [(m, split_thinking(m["content"])[1]) for m in messages]
+    turns = [assistant_turn(rest) if m["role"] == "assistant" else m for m, rest in turns]
+    return turns, chosen, rejected
+
+
+def half_a_character(text: str) -> bool:
+    """Returns whether a text holds half a surrogate pair, which is no Unicode; JSON can hold it."""
+    return not text.isascii() and SURROGATE.search(text) is not None
 
 
 def user_chat(text: str) -> list[dict]:
     """Returns a conversation of one turn, the user's."""
     return [{"role": "user", "content": text}]
+
+
+def assistant_turn(text: str) -> dict:
+    """Returns a message of the assistant."""
+    return {"role": "assistant", "content": text}
+
+
+def is_hh(prompt) -> bool:
+    """Returns whether a prompt is a chat of hh-rlhf, and not a text that merely holds its words."""
+    speakers = HH_TURN.findall(prompt) if isinstance(prompt, str) else []
+    begins = speakers and prompt.lstrip().startswith("Human:")
+    return bool(begins or "Human" in speakers and prompt.rstrip().endswith("\nAssistant:"))
+
+
+def prompt_chat(text: str) -> list[dict]:
+    """Returns the conversation of a prompt that is a string, which hh-rlhf writes with turns."""
+    turns = hh_turns("\n\n" + text.strip()) if is_hh(text) else user_chat(text)
+    return turns[:-1] if turns[-1] == assistant_turn("") else turns
+
+
+def answer_chat(text: str, prompt) -> list[dict]:
+    """Returns the chat of an answer that is a string; hh-rlhf's may repeat the prompt's turns."""
+    if is_hh(prompt):
+        text = text.removeprefix(prompt).strip()
+    repeats = is_hh(prompt) and text.startswith("Human:")
+    return hh_turns("\n\n" + text) if repeats else [assistant_turn(text)]
 
 
 def to_chat(chat) -> list[dict]:
@@ -332,6 +419,7 @@ def to_message(message: dict) -> dict:
     if not isinstance(role, str):
         raise RowFault("no chat")
     calls = filled(message.get("tool_calls")) or filled(message.get("function_call"))
+    role = role.lower()
     if role in TOOL_ROLES or calls:
         raise Unusable("tool turns")
     refuse_more_than_text(message)
@@ -350,7 +438,7 @@ def joined(parts: list) -> str:
         for kind in ("image", "audio", "video"):
             if kind in part["type"]:
                 raise Unusable(f"has {kind}")
-        if part["type"] != "text" or not isinstance(part.get("text"), str):
+        if part["type"] not in TEXT_PARTS or not isinstance(part.get("text"), str):
             raise RowFault("content is not text")
     return "".join(part["text"] for part in parts) if parts else None
 
@@ -364,23 +452,28 @@ def refuse_more_than_text(columns: dict):
 
 def filled(value) -> bool:
     """Returns whether a value of JSON holds anything; a string of an empty list does not."""
-    if isinstance(value, dict | list):
-        return any(map(filled, value.values() if isinstance(value, dict) else value))
-    return value is not None and str(value).strip() not in ("", "[]", "{}", "null")
+    values = [value]
+    while values:
+        value = values.pop()
+        if isinstance(value, dict | list):
+            values += value.values() if isinstance(value, dict) else value
+        elif value is not None and str(value).strip() not in ("", "[]", "{}", "null"):
+            return True
+    return False
 
 
 def with_earlier_turns(prompt: list[dict], system, history) -> list[dict]:
-    """Returns a prompt with the columns system (a text) and history (a list of [user, assistant])
-    in front of it. Raises RowFault if they are something else."""
+    """Returns a prompt with the columns system (a text) and history (a list of [user, assistant]
+    or of messages) in front of it. Raises RowFault if they are something else."""
     first = prompt[:1] if prompt and prompt[0]["role"] == "system" else []
     rest, turns = prompt[len(first) :], []
-    if filled(history):
-        if not isinstance(history, list):
+    for pair in (history if isinstance(history, list) else [history]) * filled(history):
+        if isinstance(pair, dict):
+            turns.append(to_message(pair))
+        elif isinstance(pair, list) and [type(text) for text in pair] == [str, str]:
+            turns += [*user_chat(pair[0]), assistant_turn(pair[1])]
+        else:
             raise RowFault("history is no list of [user, assistant]")
-        for pair in history:
-            if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
-                raise RowFault("history is no list of [user, assistant]")
-            turns += [*user_chat(pair[0]), {"role": "assistant", "content": pair[1]}]
     if filled(system):
         if not isinstance(system, str):
             raise RowFault("system is not text")
@@ -395,19 +488,14 @@ def unread_columns(row: dict) -> list[str]:
     """Returns the columns of a usable row, and the keys of its messages, that hold something which
     is not read and is no metadata (ids, scores, sources)."""
     chats = "prompt", prompt_column(row), "chosen", "rejected"
-    found = [name for name in row if name not in {*READ, *chats}]
-    if isinstance(row["chosen"], list):  # then columns beside it may repeat what is in the chat
-        found = [name for name in found if row[name] != row["chosen"]]
-        turns = [
-            text.strip() for m in row["chosen"] for text in m.values() if isinstance(text, str)
-        ]
-        if (
-            len(turns) > 2
-            and isinstance(row.get("prompt"), str)
-            and row["prompt"].strip() not in turns
-        ):
-            found.append("prompt")
-    unread = [name for name in found if filled(row[name]) and not is_metadata(name)]
+    chosen, prompt = row["chosen"], row.get("prompt")
+    unread = [name for name in row if name not in {*READ, *chats}]
+    if isinstance(chosen, list):  # then columns beside it may repeat what is in the chat
+        unread = [name for name in unread if row[name] != chosen]
+        said = [text.strip() for m in chosen for text in m.values() if isinstance(text, str)]
+        if len(chosen) > 1 and isinstance(prompt, str) and prompt.strip() not in said:
+            unread.append("prompt")
+    unread = [name for name in unread if filled(row[name]) and not is_metadata(name)]
     for column in dict.fromkeys(chats):
         chat = row.get(column)
         for message in [chat] if isinstance(chat, dict) else chat if isinstance(chat, list) else []:
@@ -420,31 +508,33 @@ def unread_columns(row: dict) -> list[str]:
 def is_metadata(name: str) -> bool:
     """Returns whether a column's name says metadata: an id, or only words of METADATA beside the
     names of the columns that it is about."""
-    words = [
-        w for w in re.split(r"\W|_", name.lower()) if w not in ("chosen", "rejected", "prompt")
-    ]
-    return bool(words) and ({*words} <= METADATA or words[-1] in ("id", "index"))
+    words = re.split(r"\W|_", name.lower())
+    about = {*words} - {"chosen", "rejected", "prompt"}
+    return bool(about) and (about <= METADATA or words[-1] in ("id", "index"))
 
 
 def hh_turns(text: str) -> list[dict]:
-    """Returns the messages of a chat that hh-rlhf writes as one string."""
-    parts = HH_TURN.split(text)
-    if len(parts) < 3 or parts[0].strip():
-        raise RowFault("no Human/Assistant turns")
+    """Returns the messages of a chat that hh-rlhf writes as one string; a text before its turns is
+    the system's."""
+    system, *parts = HH_TURN.split(text)
+    if not parts:
+        raise RowFault("no prompt")
+    turns = [{"role": "system", "content": system.strip()}] if system.strip() else []
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": roles[r], "content": c.strip()}
-        for r, c in zip(parts[1::2], parts[2::2], strict=True)
-    ]
+    for role, content in zip(parts[::2], parts[1::2], strict=True):
+        turns.append({"role": roles[role], "content": content.strip()})
+    return turns
 
 
 def checked(prompt: list[dict], chosen: str, rejected: str) -> tuple[list[dict], str, str]:
     """Returns its arguments. Raises RowFault if the prompt's turns do not alternate and end with
     the user's, if an answer is empty, or if the answers are equal; Unusable if the assistant
-    speaks first."""
+    speaks first or last in the prompt."""
     turns = prompt[1:] if prompt and prompt[0]["role"] == "system" else prompt
     if turns and turns[0]["role"] == "assistant":
         raise Unusable("assistant first")
+    if turns and turns[-1]["role"] == "assistant":
+        raise Unusable("prompt ends with the assistant")
     if [m["role"] for m in turns] != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
         raise RowFault("turns do not alternate")
     if not chosen.strip() or not rejected.strip():
@@ -457,15 +547,39 @@ def checked(prompt: list[dict], chosen: str, rejected: str) -> tuple[list[dict],
 # ---------------------------------------------------------------------- messages to ids
 
 
+def find_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the chat template that --chat_template names: one of the tokenizer's several, or a
+    jinja file. Raises InputError if it is neither."""
+    several = isinstance(tokenizer.chat_template, dict)
+    own = tokenizer.chat_template if several else {}
+    if name in own:
+        return own[name]
+    with input_error_for("--chat_template" + f": none of {', '.join(own)}" * several):
+        text = Path(name).read_text("utf-8-sig")
+    if not text.strip():
+        raise InputError(f"--chat_template: {name} is empty")
+    return text
+
+
+DAY_CODES = "%-d %-m %e %d %m %y %Y %b %B %a %A %j %x %X %c %H %I %M %S %p".split()
+
+
+def on_day(template: str, day: str) -> str:
+    """Returns a chat template in which strftime_now knows only the first moment of a day."""
+    codes = {code: date.fromisoformat(day).strftime(code) for code in DAY_CODES}
+    text = "format" + "".join(f"|replace('{code}', '{codes[code]}')" for code in DAY_CODES)
+    return f"{{% macro strftime_now(format) %}}{{{{ {text} }}}}{{% endmacro %}}\n{template}"
+
+
 class ChatEncoder:
     """Turns messages into token ids with the tokenizer's own chat template.
 
-    Rendering and tokenising are one call: tokenising the rendered text again would add a second
-    BOS. Training and evaluation share this class. Raises InputError if the tokenizer has no
-    template or its template cannot be used.
+    Training and evaluation share this class. day is the one that a template which writes today's
+    date writes, by default today's; the attribute day is None with any other template. Raises
+    InputError if the tokenizer has no template or its template cannot be used.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, day: str | None = None):
         if not getattr(tokenizer, "chat_template", None):
             raise InputError(
                 "the tokenizer has no chat template: pass one with --chat_template FILE (jinja)"
@@ -473,33 +587,52 @@ class ChatEncoder:
         if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
             raise InputError(
                 f"the tokenizer has several chat templates ({', '.join(tokenizer.chat_template)})"
-                " and none is the default: write one to a file and pass it with --chat_template"
+                " and none is the default: pass the name of one with --chat_template"
             )
-        self.tokenizer = tokenizer
+        self.tokenizer, self.day = tokenizer, None
+        self.chat_template = tokenizer.get_chat_template()
+        if "strftime_now" in self.chat_template:  # a run that goes on tomorrow must read the same
+            self.day = day or str(date.today())
+            self.chat_template = on_day(self.chat_template, self.day)
         self.bos = tokenizer.bos_token_id
         special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
         special |= set(tokenizer.all_special_tokens)
-        self.special_text = re.compile("|".join(map(re.escape, sorted(special))) or r"(?!)")
         self.markers = set(tokenizer.convert_tokens_to_ids(list(special)))
         # some tokenizers hold the tokens of their templates as added, but not as special ones
-        added = tokenizer.added_tokens_decoder.items()
-        self.markers |= {i for i, token in added if token.content.strip()}
+        added = {i: t.content for i, t in tokenizer.added_tokens_decoder.items()}
+        self.markers |= {i for i, text in added.items() if text.strip()}
         try:
             self.probe()
-        except jinja2.TemplateError as error:
-            raise InputError(f"the chat template cannot be used: {first_line(error)}") from None
+        except TemplateError as error:
+            raise InputError(f"the chat template cannot be used: {error}") from None
         self.folds_system = not self.takes_system_turn()
+        written = self.markers & {*self.prompt_ids(user_chat("u")), self.end_of_turn}
+        special |= {added[i] for i in written if i in added}
+        self.special_text = re.compile("|".join(map(re.escape, sorted(special))) or r"(?!)")
+
+    def render(self, messages: list[dict], generation_prompt: bool = False) -> str:
+        """Returns the text of messages, with generation_prompt followed by the assistant header."""
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=self.chat_template, tokenize=False,
+                add_generation_prompt=generation_prompt,
+            )  # fmt: skip
+        except Exception as error:  # a template is code: it may raise anything
+            raise TemplateError(reason_of(error)) from None
 
     def template(self, messages: list[dict], generation_prompt: bool = False) -> list[int]:
         """Returns the ids of messages, with generation_prompt followed by the assistant header."""
-        return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=generation_prompt, tokenize=True, return_dict=False
-        )
+        return self.ids_of(self.render(messages, generation_prompt))
+
+    def ids_of(self, text: str) -> list[int]:
+        """Returns the ids of a rendered text; nothing is added to it, no second BOS either."""
+        if half_a_character(text):
+            raise TemplateError("it writes half a character")
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def two_answers(self, messages: list[dict]) -> tuple[list[int], list[int], int]:
         """Returns the ids of messages with two different answers, and where the ids part."""
-        answers = ({"role": "assistant", "content": text} for text in "ab")
-        a, b = (self.template([*messages, answer]) for answer in answers)
+        a, b = (self.template([*messages, assistant_turn(text)]) for text in "ab")
         return a, b, common_prefix(a, b)
 
     def probe(self):
@@ -515,7 +648,7 @@ class ChatEncoder:
         user = user_chat("u")
         a, b, start = self.two_answers(user)
         if a == b:
-            raise jinja2.TemplateError("it shows no answer of the assistant")
+            raise TemplateError("it shows no answer of the assistant")
         behind = a[len(a) - common_prefix(a[start:][::-1], b[start:][::-1]) :]
         end = next((i for i, token in enumerate(behind) if token in self.markers), None)
         self.append_eos = end is None
@@ -542,18 +675,17 @@ class ChatEncoder:
         """Returns whether the template shows a system turn, and in a full conversation where the
         prompt has it: some templates raise, some leave it out, some move it."""
         system, turns = {"role": "system", "content": "Be kind to all."}, user_chat("u")
-        answer = {"role": "assistant", "content": "a"}
-        return all(self.shows(system, t) for t in (turns, [*turns, answer, *turns]))
+        return all(self.shows(system, t) for t in (turns, [*turns, assistant_turn("a"), *turns]))
 
     def shows(self, system: dict, turns: list[dict]) -> bool:
         """Returns whether the template shows a system turn alike with and without an answer."""
         try:
             without, lost = self.with_answer(turns)
-        except jinja2.TemplateError:
+        except TemplateError:
             return True  # it takes no such turns at all, which is not the system turn's fault
         try:
             ids, lost_with_system = self.with_answer([system, *turns])
-        except jinja2.TemplateError:
+        except TemplateError:
             return False
         return ids != without and lost_with_system <= max(MERGED, lost)
 
@@ -579,9 +711,14 @@ class ChatEncoder:
 
     def answer_ids(self, messages: list[dict], answer: str) -> list[int]:
         """Returns the ids of prompt and answer; the last one is the end of turn."""
-        ids = self.template([*self.fold(messages), {"role": "assistant", "content": answer}])
+        return self.answer_and_text(messages, answer)[0]
+
+    def answer_and_text(self, messages: list[dict], answer: str) -> tuple[list[int], str]:
+        """Returns the ids of prompt and answer, and the text that the template makes of them."""
+        text = self.render([*self.fold(messages), assistant_turn(answer)])
+        ids = self.ids_of(text)
         ids = ids + [self.end_of_turn] if self.append_eos else ids[: len(ids) - len(self.tail)]
-        return self.with_bos(ids)
+        return self.with_bos(ids), text
 
     def whole(self, messages: list[dict], answer: str) -> list[int]:
         """Returns the ids of prompt and answer with all that the template puts behind them."""
@@ -612,14 +749,9 @@ class ChatEncoder:
         return [{**user, "content": system["content"] + "\n\n" + user["content"]}, *rest]
 
     def triplet(
-        self,
-        messages: list[dict],
-        chosen: str,
-        rejected: str,
-        max_length: int,
-        row: int,
+        self, messages: list[dict], chosen: str, rejected: str, max_length: int, row: int,
         notes: Counter,
-    ) -> Triplet:
+    ) -> Triplet:  # fmt: skip
         """Returns the ids of a pair; an answer is cut where it and the prompt exceed max_length.
 
         notes counts what was noticed. Raises RowFault if the pair cannot be encoded, and TooLong
@@ -628,15 +760,16 @@ class ChatEncoder:
         for text in (*(m["content"] for m in messages), chosen, rejected):
             if self.special_text.search(text):  # the template would make a real token of it
                 raise RowFault("literal special token")
-            if not text.isascii() and SURROGATE.search(text):
+            if half_a_character(text):
                 raise RowFault("half a character")
         try:
             prompt = self.prompt_ids(messages)
-            answers = [self.answer_ids(messages, chosen), self.answer_ids(messages, rejected)]
-        except jinja2.TemplateError:
+            encoded = [self.answer_and_text(messages, text) for text in (chosen, rejected)]
+        except TemplateError:
             raise RowFault("refused by the chat template") from None
         # a tokenizer may merge characters across the border of prompt and answer: both answers
         # then start where all three still agree
+        answers = [ids for ids, _ in encoded]
         n = min(common_prefix(prompt, ids) for ids in answers)
         if answers[0] == answers[1]:
             raise RowFault("identical pair")  # the template strips white space
@@ -646,11 +779,17 @@ class ChatEncoder:
             raise RowFault("the template changes the prompt")
         if any(ids[-1] != self.end_of_turn for ids in answers):
             raise RowFault("the template ends no turn")
+        left_out = any(
+            text.count(said) < times
+            for (_, text), answer in zip(encoded, (chosen, rejected), strict=True)
+            for said, times in Counter(what_is_said([*messages, assistant_turn(answer)])).items()
+        )
         chosen, rejected = (ids[n:max_length] for ids in answers)
         if n >= max_length:
             raise TooLong("prompt leaves no room")
         if chosen == rejected:
             raise TooLong("identical after truncation")
+        notes["text left out by the chat template"] += left_out
         notes["prompt is no token prefix"] += n < len(prompt)
         notes["truncated"] += max(map(len, answers)) > max_length
         notes["system turn folded"] += self.folds_system and messages[0]["role"] == "system"
@@ -668,52 +807,49 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 
 
 def load_pairs(
-    source: str,
-    split: str,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    log: Callable = lambda line: None,
-) -> PreferenceData:
+    source: str, split: str, tokenizer: PreTrainedTokenizerBase, max_length: int,
+    log: Callable = lambda line: None, config: str | None = None, strip_thinking: bool = False,
+    day: str | None = None,
+) -> PreferenceData:  # fmt: skip
     """Returns the pairs of a data set; prompt and answer have at most max_length tokens.
 
-    source and split are those of read_rows. log(line) is told the progress. Raises InputError if
-    the source cannot be used, if more than 1 % of its rows are malformed, or if more than
-    half of them hold what this project cannot use (tools, images, ...).
+    source, split and config are those of read_rows. log(line) is told the progress. With
+    strip_thinking what the assistant thinks aloud is left out. day is that of ChatEncoder. Raises
+    InputError if the source cannot be used, if more than 1 % of its rows are malformed, or if more
+    than half of them hold what this project cannot use (tools, images, ...).
     """
-    rows = read_rows(source, split)
+    rows = read_rows(source, split, config)
     check_columns(source, rows)
-    encoder = ChatEncoder(tokenizer)
+    encoder = ChatEncoder(tokenizer, day)
     if encoder.opened:
         raise InputError(
             f"the chat template cannot be trained with: its generation prompt ends with"
             f" {encoder.opened!r}, which its full conversations leave out; pass a template without"
             " that with --chat_template FILE"
         )
-    triplets, faults, unusable, too_long, notes = [], Counter(), Counter(), Counter(), Counter()
+    triplets, notes, dropped = [], Counter(), {k: Counter() for k in (RowFault, TooLong, Unusable)}
     first_row, unread = {}, {}  # the first row of each fault, and of each column that is not read
     for i, row in enumerate(rows):
         try:
-            triplets.append(encoder.triplet(*to_messages(row), max_length, i, notes))
-        except TooLong as reason:
-            too_long[str(reason)] += 1
-        except Unusable as reason:
-            unusable[str(reason)] += 1
-        except RowFault as reason:
-            faults[str(reason)] += 1
-            first_row.setdefault(str(reason), i)
+            pair = as_given = to_messages(row)
+            if strip_thinking:
+                pair = without_thinking(*pair)
+            triplets.append(encoder.triplet(*pair, max_length, i, notes))
+        except RowFault as fault:
+            dropped[type(fault)][str(fault)] += 1
+            first_row.setdefault(str(fault), i)
         else:
+            notes.update(noticed(row, *as_given, stripped=strip_thinking))
             unread |= dict.fromkeys(unread_columns(row), i)
-            better, worse = row.get("score_chosen"), row.get("score_rejected")
-            if isinstance(better, int | float) and isinstance(worse, int | float):
-                notes["score tie"] += better == worse
-                notes["score inversion"] += better < worse
         if (i + 1) % 10_000 == 0:
             log(f"tokenised {i + 1:,} of {len(rows):,} rows")
+    faults, too_long, unusable = dropped.values()
     if faults.total() > MALFORMED_LIMIT * len(rows):
+        first = ", ".join(f"{fault} in row {first_row[fault]}" for fault in faults)
         raise InputError(
             f"{source}: {faults.total()} of {len(rows)} rows are malformed, more than "
-            f"{MALFORMED_LIMIT:.0%}: {counts(faults)}; the first of each, from 0:"
-            f" {', '.join(f'{reason} in row {i}' for reason, i in first_row.items())}; {ACCEPTED}"
+            f"{MALFORMED_LIMIT:.0%}: {counts(faults)}; the first of each, from 0: {first};"
+            f" {ACCEPTED}"
         )
     if unusable.total() > len(rows) / 2:
         raise InputError(
@@ -723,22 +859,52 @@ def load_pairs(
     digest = hashlib.sha256()
     for ids in (ids for t in triplets for ids in t[:3]):
         digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
-    dropped = too_long + faults + unusable
-    fingerprint = digest.hexdigest()[:16]
-    return PreferenceData(triplets, dropped, +notes, len(rows), fingerprint, tuple(unread))
+    dropped, fingerprint = too_long + faults + unusable, digest.hexdigest()[:16]
+    return PreferenceData(
+        triplets, dropped, +notes, len(rows), fingerprint, tuple(unread), encoder.day
+    )
 
 
-def load_held_out(
-    args, tokenizer: PreTrainedTokenizerBase, max_length: int, log: Callable
-) -> PreferenceData:
-    """Returns the pairs of --eval_split: a file of its own, or another split of --dataset.
+def noticed(row: dict, messages: list[dict], *answers: str, stripped: bool) -> dict[str, int]:
+    """Returns counts of what is worth knowing about a row that is kept; stripped says whether its
+    thinking was left out."""
+    *earlier, asked = (m["content"] for m in messages)
+    better, worse = row.get("score_chosen"), row.get("score_rejected")
+    scored = isinstance(better, int | float) and isinstance(worse, int | float)
+    kept = "left out of" if stripped else "in"
+    return {
+        f"thinking {kept} answers": sum(split_thinking(text)[0] != "" for text in answers),
+        "Human: or Assistant: begins a line": any(map(SPEAKER.search, (*earlier, asked, *answers))),
+        "answers repeat the prompt": all(a.lstrip().startswith(asked.strip()) for a in answers),
+        "score tie": scored and better == worse,
+        "score inversion": scored and better < worse,
+    }
 
-    Other arguments as in load_pairs. Raises InputError as it does, and if no pair is left.
+
+def load_data(
+    args, tokenizer: PreTrainedTokenizerBase, max_length: int, log: Callable, evaluates: bool
+) -> tuple[PreferenceData, PreferenceData | None]:
+    """Returns the pairs of --dataset, and if the program evaluates those of --eval_split.
+
+    --eval_split is a file of its own, or another split of --dataset. Other arguments as in
+    load_pairs. args.template_day is None, or that of a run that goes on; afterwards it is the data
+    set's. Raises InputError as load_pairs does, and if there are too few pairs.
     """
-    name = args.eval_split
-    is_file = "/" in name or FILE_NAME.search(name) or Path(name).is_file()
-    source = (name, "train") if is_file else (args.dataset, name)
-    held_out = load_pairs(*source, tokenizer, max_length, log)
-    if not held_out.triplets:
-        raise InputError(f"{source[0]}: no held-out pair is left: {held_out.summary()}")
-    return held_out
+    load = partial(
+        load_pairs, tokenizer=tokenizer, max_length=max_length, log=log,
+        strip_thinking=args.strip_thinking, day=args.template_day,
+    )  # fmt: skip
+    data, held_out = load(args.dataset, args.split, config=args.dataset_config), None
+    if len(data.triplets) < args.batch_size:
+        fewer = f"fewer pairs than --batch_size {args.batch_size}"
+        raise InputError(f"{args.dataset}: {fewer}: {data.summary()}")
+    if evaluates:
+        name = args.eval_split
+        if "/" in name or FILE_NAME.search(name) or Path(name).is_file():
+            held_out = load(name, "train")
+        else:
+            held_out = load(args.dataset, name, config=args.dataset_config)
+        if not held_out.triplets:
+            raise InputError(f"--eval_split {name}: no pair is left: {held_out.summary()}")
+    args.template_day = data.day
+    return data, held_out

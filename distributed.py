@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from data import InputError, first_line, input_error_for
+from data import InputError, input_error_for, reason_of
 
 # ---------------------------------------------------------------------- start and end
 
@@ -243,7 +243,7 @@ def load_sharded(
         try:
             whole = load()
         except Exception as error:  # transformers and safetensors raise many kinds of errors
-            raise InputError(first_line(error)) from None
+            raise InputError(reason_of(error)) from None
         weights.update([*whole.named_parameters(), *whole.named_buffers()])
 
     with input_error_for(message.rstrip(":")):

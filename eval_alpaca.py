@@ -48,10 +48,10 @@ from checkpoint import check_writable, load_discriminators, sha256, write_synced
 from data import (
     ChatEncoder,
     InputError,
-    first_line,
     input_error_for,
     json_lines,
     read_rows,
+    reason_of,
     user_chat,
 )
 from distributed import print0, share_out
@@ -377,7 +377,7 @@ class IFEval:
             from lm_eval.tasks.ifeval import utils
         except ImportError as error:
             raise InputError(
-                f"--judge ifeval needs lm_eval: pip install 'lm_eval[ifeval]' ({first_line(error)})"
+                f"--judge ifeval needs lm_eval: pip install 'lm_eval[ifeval]' ({reason_of(error)})"
             ) from None
         self.utils, self.skipped = utils, {}
         for p in prompts:
@@ -683,7 +683,7 @@ def flags() -> Parser:
     add("--score_discriminators", metavar="FILE", help="a run's discriminators.pt; adds columns")
     add("--annotations", metavar="FILE", help="what --judge annotations reads")
     add("--alpaca_data", metavar="DIR", help=f"AlpacaEval's files [{ALPACA} on the Hub]")
-    add("--chat_template", help="a jinja file [the tokenizer's own]")
+    add("--chat_template", help="a jinja file, or one of the tokenizer's [its own]")
     add("--temperatures", type=at_least_0, nargs="+", default=[0.0, 0.5, 0.7, 1.0, 1.2, 1.5],
         help="[0 0.5 0.7 1.0 1.2 1.5]")
     add("--samples", type=count, default=1, help="answers per prompt [1]")

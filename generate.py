@@ -206,7 +206,7 @@ def parse_args(argv: list[str]):
     parser = Parser("generate.py", __doc__)
     parser.add_argument("--model", required=True, help="a Hugging Face folder or Hub id")
     parser.add_argument("prompts", nargs="+")
-    parser.add_argument("--chat_template", help="a jinja file [the tokenizer's own]")
+    parser.add_argument("--chat_template", help="a jinja file, or one of the tokenizer's [its own]")
     parser.add_argument("--temperature", type=at_least_0, default=0.7, help="[0.7]")
     parser.add_argument("--max_new_tokens", type=count, default=128, help="[128]")
     parser.add_argument("--seed", type=natural, default=0, help="of sampling [0]")

@@ -41,7 +41,7 @@ from transformers.utils import (
 )
 
 import attention
-from data import InputError, input_error_for, is_local
+from data import InputError, find_template, is_local
 from packing import Packed
 
 # The head works in chunks of rows, so that the logits stay in a CPU's cache and do not fill a GPU's
@@ -307,15 +307,15 @@ def read_model_config(name: str, max_length: int, flag: str = "--model") -> Pret
 
 
 def read_tokenizer(name: str, chat_template: str | None = None, flag: str = "--model"):
-    """Returns the tokenizer of a folder or Hub id; chat_template is a file that replaces its own.
+    """Returns the tokenizer of a folder or Hub id; chat_template names one of its own several, or
+    is a file that replaces them.
 
     Raises InputError, which begins with `flag`, if either cannot be read.
     """
     with model_error_for(f"{flag} {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if chat_template:
-        with input_error_for("--chat_template"):
-            tokenizer.chat_template = Path(chat_template).read_text()
+        tokenizer.chat_template = find_template(chat_template, tokenizer)
     return tokenizer
 
 

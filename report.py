@@ -249,7 +249,8 @@ def print_header(
     """Prints what this run is: settings, division into forwards, data, sizes, the first pair."""
     args = run.args
     preset = parse_args([f"--preset={args.preset}"])
-    own = [f"{k}={v}" for k, v in vars(args).items() if v != getattr(preset, k) and k != "out_dir"]
+    vary = {k: v for k, v in vars(args).items() if v != getattr(preset, k, None)}
+    own = [f"{k}={v}" for k, v in vary.items() if k != "out_dir"]
     print0(f"preset {' '.join([args.preset, *own])}; all settings: {args.out_dir}/config.json")
     for reason, unused in unused_flags(args, argv).items():
         print0(f"not used with {reason}: {', '.join(unused)}")
@@ -289,9 +290,10 @@ def print_header(
 
 # These may differ when a run is resumed, because its result stays the same.
 MAY_CHANGE_ON_RESUME = (
-    "preset dataset split chat_template eval_split eval_every micro_batch_size micro_tokens"
-    " attention checkpointing save_every keep timeout stop_after epochs max_steps out_dir resume"
-    " versions device ranks held_out_fingerprint pairs dropped notes steps_per_epoch"
+    "preset dataset dataset_config split strip_thinking chat_template eval_split eval_every"
+    " micro_batch_size micro_tokens attention checkpointing save_every keep timeout stop_after"
+    " epochs max_steps out_dir resume versions device ranks held_out_fingerprint pairs dropped"
+    " notes steps_per_epoch"
 ).split()
 
 
@@ -330,6 +332,13 @@ def read_config(out_dir: Path) -> dict | None:
     except (OSError, ValueError):
         return None
     return config if "data_fingerprint" in config else None  # a model's folder has such a file too
+
+
+def template_day(args) -> str | None:
+    """Returns the day that the chat template of the run in --out_dir has written since the run
+    began; None without --resume, or if the template writes none."""
+    config = read_config(args.out_dir) if args.resume else None
+    return config and config.get("template_day")
 
 
 def check_same(old: dict, new: dict):

@@ -43,7 +43,7 @@ from checkpoint import (
     newest_state,
     save_state,
 )
-from data import ChatEncoder, InputError, Triplet, input_error_for, load_held_out, load_pairs
+from data import ChatEncoder, InputError, Triplet, input_error_for, load_data
 from distributed import print0
 from flags import (
     DTYPES,
@@ -292,9 +292,11 @@ def parse_args(argv: list[str]):
     add = parser.add_argument
     add("--model", help="what to start from, a folder or a Hub id [the miniature's reference]")
     add("--dataset", help="as for train_ganpo.py [the miniature's]")
+    add("--dataset_config", help="which of the data set's configs [its only or default one]")
     add("--split", default="train", help="[train]")
     add("--eval_split", help="held-out split or file [the miniature's; none for own data]")
-    add("--chat_template", help="a jinja file [the tokenizer's own]")
+    add("--strip_thinking", action="store_true", help="leave out <think>...</think> [off]")
+    add("--chat_template", help="a jinja file, or one of the tokenizer's [its own]")
     add("--max_length", type=number(int, 2), help="of prompt + response [2048; miniature 256]")
     add("--lr", type=positive, default=1e-3, help="[1e-3, for the miniature; 2B: about 1e-5]")
     add("--warmup", type=fraction, default=0.1, help="share of steps, then cosine to 0 [0.1]")
@@ -334,11 +336,8 @@ def check_input(args) -> tuple:
     config = read_model_config(args.model, args.max_length)
     tokenizer = read_tokenizer(args.model, args.chat_template)
     length = args.max_length - len(ChatEncoder(tokenizer).tail)
-    data = load_pairs(args.dataset, args.split, tokenizer, length, print0)
-    if len(data.triplets) < args.batch_size:
-        fewer = f"fewer pairs than --batch_size {args.batch_size}"
-        raise InputError(f"{args.dataset}: {fewer}: {data.summary()}")
-    held_out = load_held_out(args, tokenizer, length, print0) if args.eval_split else None
+    args.template_day = report.template_day(args)
+    data, held_out = load_data(args, tokenizer, length, print0, bool(args.eval_split))
     triplets = data.triplets + (held_out.triplets if held_out else [])
     check_token_ids((ids for t in triplets for ids in t[:3]), config, f"--model {args.model}")
     return tokenizer, config, data, held_out

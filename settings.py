@@ -63,9 +63,11 @@ def flags() -> Parser:
     add("--model", help="the policy, a folder or a Hub id [preset]")
     add("--ref_model", help="the frozen reference [the model, as in DPO]")
     add("--dataset", help="Hub id, folder, or .jsonl/.json/.parquet, also .gz [preset]")
+    add("--dataset_config", help="which of the data set's configs [its only or default one]")
     add("--split", default="train", help="of --dataset [train]")
     add("--eval_split", help="held-out split or a file of its own [preset; none for own data]")
-    add("--chat_template", help="a jinja file [the tokenizer's own]")
+    add("--strip_thinking", action="store_true", help="leave out <think>...</think> [off, ours]")
+    add("--chat_template", help="a jinja file, or one of the tokenizer's [its own]")
     add("--max_length", type=number(int, 2), help="of prompt + response [2048, App. B; mini 256]")
     add = parser.add_argument_group("preference loss").add_argument
     add("--loss", choices=OPO_LOSSES, default="dpo", help="[dpo, Eq 3-4]")

@@ -53,7 +53,7 @@ from checkpoint import (
     save_discriminators,
     save_state,
 )
-from data import InputError, PreferenceData, Triplet, load_held_out, load_pairs
+from data import InputError, PreferenceData, Triplet, load_data
 from discriminator import (
     autocast_of,
     build_critics,
@@ -332,17 +332,14 @@ def check_input(args, device: torch.device):
     if needs_reference(args) and config.hidden_size != ref_config.hidden_size:
         sizes = f"{config.hidden_size}, of the reference {ref_config.hidden_size}"
         raise InputError(f"hidden size of the policy {sizes}: their latents cannot be compared")
-    data = load_pairs(args.dataset, args.split, tokenizer, args.max_length, print0)
-    if len(data.triplets) < args.batch_size:
-        fewer = f"fewer pairs than --batch_size {args.batch_size}"
-        raise InputError(f"{args.dataset}: {fewer}: {data.summary()}")
+    args.template_day = report.template_day(args)
+    data, held_out = load_data(args, tokenizer, args.max_length, print0, args.eval_every > 0)
     largest = max(int(ids.max()) for t in data.triplets for ids in t[:3])
     limit = min(config.vocab_size, ref_config.vocab_size)
     if largest >= limit:
         raise InputError(
             f"token id {largest} is beyond the vocabulary of policy and reference, {limit} tokens"
         )
-    held_out = load_held_out(args, tokenizer, args.max_length, print0) if args.eval_every else None
     return tokenizer, config, data, held_out
 
 

@@ -186,15 +186,17 @@ class Game:
         self.args, self.device = args, device
         self.config = read_model_config(args.model, args.max_length)
         self.tokenizer = read_tokenizer(args.model, args.chat_template)
-        self.encoder = ChatEncoder(self.tokenizer)
+        self.encoder = ChatEncoder(self.tokenizer, report.template_day(args))
+        args.template_day = self.encoder.day
         self.length = args.max_length - len(self.encoder.tail)
         human, held_out = (
-            load_pairs(source, "train", self.tokenizer, self.length, print0)
+            load_pairs(source, "train", self.tokenizer, self.length, print0, day=args.template_day)
             for source in (args.human, args.held_out)
         )
         if not held_out.triplets:
             raise InputError(f"--held_out {args.held_out}: {held_out.summary()}")
         self.human, self.held_out = human.triplets, held_out.triplets
+        self.about_human = human.summary()
         texts = (ids for t in self.human + self.held_out for ids in t[:3])
         check_token_ids(texts, self.config, f"--model {args.model}")
         golden = list(read_golden(args.golden).items())[: args.prompts]
@@ -377,6 +379,7 @@ def play_all(args, argv: list[str], device: torch.device, stack: ExitStack):
     build_miniature(args, partial(check_input, device=device))
     game = check_input(args, device)
     out = claim_with_config(args, stack, game.fingerprint)
+    print0(f"human pairs: {game.about_human}")
     print0(
         f"{len(game.prompts)} prompts x {args.samples} samples, {len(game.human)} human pairs,"
         f" {len(game.held_out)} held out; logs: {out}/start.log, {out}/*/round*/log\n{HEADER}"
@@ -459,7 +462,7 @@ def flags() -> Parser:
     add("--human", metavar="FILE", help="preference pairs [the miniature's annotator]")
     add("--held_out", metavar="FILE", help="pairs that examine the reward model [the miniature's]")
     add("--exam", metavar="FILE", help="prompts for the miniature's judge [its own; else none]")
-    add("--chat_template", help="a jinja file [the tokenizer's own]")
+    add("--chat_template", help="a jinja file, or one of the tokenizer's [its own]")
     add("--max_length", type=count, default=256, help="tokens of prompt + response [256]")
     add = parser.add_argument_group("the game [default; the paper's where it differs]").add_argument
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="[all three]")

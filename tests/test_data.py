@@ -2,17 +2,22 @@
 
     python -m pytest -q tests/test_data.py -m "not slow"
 
-Nearly all of it runs on a byte-level tokenizer and rows that are made here, with chat templates of
-our own in the style of Gemma's and Llama-3's. Claims on published tokenizers and data sets read the
-folder `shared` beside the repository, and are skipped where that is absent.
+Nearly all of it runs on a byte-level tokenizer and rows that are made here, with the chat templates
+in tests/data/templates. Claims on published tokenizers and data sets read the folder `shared`
+beside the repository, or the folder that GANPO_TOKENIZERS names (mistral_nemo/tokenizer.json and
+so on, with the names of PUBLISHED), and are skipped where that is absent.
 """
 
 import gzip
 import io
 import json
+import os
 import random
+import re
 import tarfile
 from collections import Counter
+from datetime import date
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,8 +26,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from data import ChatEncoder, InputError, Triplet, load_pairs
-from helpers import CHAT, DATA, SHARED, TURNS, tiny, write_lines
+from data import (
+    ChatEncoder,
+    InputError,
+    Triplet,
+    find_template,
+    input_error_for,
+    load_pairs,
+    split_thinking,
+)
+from helpers import CHAT, DATA, SHARED, TURNS, json_of, run, tiny, write_lines
 from packing import batch_indices, epoch_order, pack, plan_forwards, survey
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no published data at {SHARED}")
@@ -61,26 +74,28 @@ def good(n):
     return [row(f"question {i}", f"yes {i}", f"no {i}") for i in range(n)]
 
 
-def load(tmp_path, rows, tokenizer=None, max_length=512):
+def load(tmp_path, rows, tokenizer=None, max_length=512, **more):
     source = write_lines(tmp_path / "rows.jsonl", rows)
-    return load_pairs(source, "train", tokenizer or tiny(), max_length)
+    return load_pairs(source, "train", tokenizer or tiny(), max_length, **more)
 
 
 def lists(pairs):
     return [[ids.tolist() for ids in (t.prompt, t.chosen, t.rejected)] for t in pairs.triplets]
 
 
-def error_of(source, split="train"):
+def error_of(source, split="train", **more):
     """The one line that names the source."""
     with pytest.raises(InputError) as caught:
-        load_pairs(str(source), split, tiny(), 512)
+        load_pairs(str(source), split, tiny(), 512, **more)
     message = str(caught.value)
-    assert "\n" not in message and str(source) in message, message
+    assert "\n" not in message and str(source) in message and len(message) < 3000, message
+    assert not re.search("[\ud800-\udfff]", message)
     return message
 
 
 # ---------------------------------------------------------------------- usual templates and data
 
+TEMPLATE_FILES = DATA / "templates"
 STYLES = {  # special tokens, end of turn, assistant header, a conversation as it is rendered
     "gemma": (
         ("<bos>", "<eos>", "<open>", "<close>"), "<close>", "<open>model\n",
@@ -109,11 +124,78 @@ REAL = {  # of published tokenizers the same, as token ids
 }
 
 
+SYSTEM = [{"role": "system", "content": "Be kind."}]
+CHATML = (
+    "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant"
+    "\nHello!<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
+)
+HEADERS = (  # as Llama 3 writes a conversation behind the system turn
+    "{0}user{1}\n\nHi.{2}{0}assistant{1}\n\nHello!{2}{0}user{1}\n\n2+2?{2}{0}assistant{1}\n\n"
+)
+LLAMA = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+PUBLISHED = {  # BOS, prompt and answer "4" of a conversation with a system turn; is that folded?
+    "mistral_nemo": (
+        "<s>", "<s>[INST]Be kind.\n\nHi.[/INST]Hello!</s>[INST]2+2?[/INST]", "4</s>", 1,
+    ),
+    "qwen2_5": (None, CHATML, "4<|im_end|>", 0),
+    "qwen3": (None, CHATML, "<think>\n\n</think>\n\n4<|im_end|>", 0),
+    "smollm2": ("<|im_start|>", CHATML, "4<|im_end|>", 0),
+    "phi3_style": (
+        "<s>",
+        "<s><|system|>\nBe kind.<|end|>\n<|user|>\nHi.<|end|>\n<|assistant|>\nHello!<|end|>\n"
+        "<|user|>\n2+2?<|end|>\n<|assistant|>\n", "4<|end|>", 0,
+    ),
+    "llama3_2_style": (
+        "<begin>", "<begin><head>system<text>\n\nToday: 05 Jan 2024\n\nBe kind.<end>"
+        + HEADERS.format("<head>", "<text>", "<end>"), "4<end>", 0,
+    ),
+}  # fmt: skip
+NOT_FREE = {  # the same of templates whose licences do not let them stand here
+    "gemma2": (
+        "<bos>", "<bos><start_of_turn>user\nBe kind.\n\nHi.<end_of_turn>\n<start_of_turn>model\n"
+        "Hello!<end_of_turn>\n<start_of_turn>user\n2+2?<end_of_turn>\n<start_of_turn>model\n",
+        "4<end_of_turn>", 1,
+    ),
+    "llama3": (
+        "<|begin_of_text|>", "<|begin_of_text|>{}system{}\n\nBe kind.{}".format(*LLAMA)
+        + HEADERS.format(*LLAMA), "4<|eot_id|>", 0,
+    ),
+    "llama3_2": (
+        "<|begin_of_text|>", "<|begin_of_text|>{}system{}\n\nCutting Knowledge Date: December"
+        " 2023\nToday Date: 05 Jan 2024\n\nBe kind.{}".format(*LLAMA)
+        + HEADERS.format(*LLAMA), "4<|eot_id|>", 0,
+    ),
+}  # fmt: skip
+
+
+def check_published(tokenizer, bos, prompt, answer, folded):
+    notes, encoder = Counter(), ChatEncoder(tokenizer, "2024-01-05")
+    talk = SYSTEM + chat("Hi.", "Hello!", "2+2?")
+    triplet = encoder.triplet(talk, "4", "5", 2048, 0, notes)
+    assert tokenizer.bos_token == bos and +notes == +Counter({"system turn folded": folded})
+    for scored, text in ((triplet.chosen, answer), (triplet.rejected, answer.replace("4", "5"))):
+        assert triplet.prompt.tolist() == ids(prompt, tokenizer)
+        assert scored.tolist() == ids(text, tokenizer)
+        assert scored[-1] == encoder.end_of_turn == ids(answer, tokenizer)[-1]
+        if bos and not encoder.bos_is_marker:
+            assert [*triplet.prompt, *scored].count(tokenizer.bos_token_id) == 1
+
+
+def with_template(name, prompt, answer, bos):
+    """The tiny tokenizer with a published template and the tokens that it writes."""
+    found = dict.fromkeys(re.findall(r"<[^<>\s]+>|\[/?INST\]", prompt + answer))
+    special = [token for token in found if token != bos and "think" not in token]
+    tokenizer = tiny.__wrapped__(None, bos, special=(bos or "<unused>", "</s>", *special))
+    tokenizer.add_tokens([token for token in found if "think" in token])  # no special ones
+    tokenizer.chat_template = (TEMPLATE_FILES / f"{name}.jinja").read_text()
+    return tokenizer
+
+
 @pytest.fixture(params=STYLES)
 def style(request):
     """A tokenizer with a template of our own, and the facts above as token ids."""
     special, *texts = STYLES[request.param]
-    template = (DATA / f"{request.param}_style.jinja").read_text()
+    template = (TEMPLATE_FILES / f"{request.param}_style.jinja").read_text()
     tokenizer = tiny(template, special[0], special=special)
     end, header, conversation = (ids(text, tokenizer) for text in texts)
     return tokenizer, end[0], header, conversation
@@ -210,6 +292,33 @@ def test_templates_in_the_usual_styles_give_exactly_the_documented_ids(style):
     check_conversation(*style)
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_templates_give_the_documented_spans(name):
+    bos, prompt, answer, folded = PUBLISHED[name]
+    check_published(with_template(name, prompt, answer, bos), bos, prompt, answer, folded)
+
+
+@pytest.mark.parametrize("name", {**PUBLISHED, **NOT_FREE})
+def test_published_tokenizers_give_the_documented_spans(name):
+    folder = Path(os.environ.get("GANPO_TOKENIZERS", "none"), name)
+    if not (folder / "tokenizer.json").is_file():
+        pytest.skip(f"no tokenizer at {folder}: set GANPO_TOKENIZERS")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    check_published(tokenizer, *(PUBLISHED | NOT_FREE)[name])
+
+
+def test_qwen3_writes_thinking_of_the_last_answer_alone_and_what_it_leaves_out_is_counted():
+    name, notes = "qwen3", Counter()
+    bos, prompt, answer, _ = PUBLISHED[name]
+    tokenizer = with_template(name, prompt, answer, bos)
+    talk = SYSTEM + chat("Hi.", "<think>\nSo.\n</think>\n\nHello!", "2+2?")
+    thinks = "<think>\nEasy.\n</think>\n\n4"
+    triplet = ChatEncoder(tokenizer).triplet(talk, thinks, "5", 2048, 0, notes)
+    texts = prompt, thinks + "<|im_end|>", answer.replace("4", "5")
+    assert [part.tolist() for part in triplet[:3]] == [ids(text, tokenizer) for text in texts]
+    assert +notes == {"text left out by the chat template": 1}
+
+
 @needs_shared
 def test_real_templates_give_exactly_the_documented_ids(real):
     for facts in real.values():
@@ -302,6 +411,17 @@ SCHEMAS = {
     "hh-rlhf's prompt": row(HH.rstrip(), " yes", " no"),
     "hh-rlhf's prompt without line feeds": row(HH.strip(), " yes", " no"),
     "hh-rlhf's prompt repeated": row(HH, HH + "yes", HH + "no"),
+    "hh-rlhf with carriage returns": row(HH.replace("\n", "\r\n"), "yes", "no"),
+    "other names of roles": row(
+        [{"role": "User", "content": "q"}], [{"role": "model", "content": "yes"}], answer("no")
+    ),
+    "parts of another interface": row(
+        chat([{"type": "input_text", "text": "q"}]),
+        answer([{"type": "output_text", "text": "yes"}]), answer("no"),
+    ),
+    "an empty prompt": row([], chat("q", "yes"), chat("q", "no")),
+    "hh-rlhf's prompt and messages": row(HH, answer("yes"), answer("no")),
+    "hh-rlhf's prompt repeated without line feeds": row(HH, HH.strip() + " yes", HH + "no"),
     "messages": {"messages": chat("q"), "chosen": answer("yes")[0], "rejected": answer("no")[0]},
     "from and value": {
         "conversations": [{"from": "human", "value": "q"}],
@@ -322,17 +442,23 @@ SCHEMAS = {
     ),
     "metadata and empty columns": row("q", "yes", "no") | {
         "prompt_id": "1", "score_chosen": 2, "chosen-rating": 4, "source": "own", "tools": "[]",
-        "images": [], "system": "", "history": [], "extra": None, "messages": [{"role": None}],
+        "images": [], "system": "", "history": [["", ""]], "extra": None, "messages": [{"role": None}],
     },
 }  # fmt: skip
-SYSTEM = [{"role": "system", "content": "be kind"}]
+KIND = [{"role": "system", "content": "be kind"}]
 EARLIER = {  # the same prompt, with turns in columns of their own
-    "chat": row(SYSTEM + chat("p", "o", "q"), "yes", "no"),
-    "developer": row([SYSTEM[0] | {"role": "developer"}, *chat("p", "o", "q")], "yes", "no"),
+    "chat": row(KIND + chat("p", "o", "q"), "yes", "no"),
+    "developer": row([KIND[0] | {"role": "developer"}, *chat("p", "o", "q")], "yes", "no"),
     "columns": row("q", "yes", "no") | {"system": "be kind", "history": [["p", "o"]]},
+    "history of messages": row("q", "yes", "no") | {"system": "be kind", "history": chat("p", "o")},
     "columns beside chats": {"chosen": chat("q", "yes"), "rejected": chat("q", "no"),
                              "system": "be kind", "history": [["p", "o"]]},
-    "system twice": row(SYSTEM + chat("p", "o", "q"), "yes", "no") | {"system": "be kind"},
+    "hh-rlhf": row("be kind\n\nHuman: p\n\nAssistant: o" + HH, " yes", " no"),
+    "hh-rlhf in two chats": {
+        name: f"be kind\n\nHuman: p\n\nAssistant: o{HH}{text}"
+        for name, text in (("chosen", "yes"), ("rejected", "no"))
+    },
+    "system twice": row(KIND + chat("p", "o", "q"), "yes", "no") | {"system": "be kind"},
 }  # fmt: skip
 
 
@@ -350,6 +476,17 @@ def test_system_and_history_become_turns(columns, tmp_path):
     text = f"<s><|system|>be kind<|end|>\n<|user|>p<|end|>\n<|assistant|>o<|end|>\n{HEAD}"
     assert lists(pairs) == [[ids(text), ids("yes<|end|>"), ids("no<|end|>")]]
     assert not pairs.unread
+
+
+def test_what_is_not_read_is_named_in_a_line_that_can_be_printed(tmp_path):
+    deep = {"a": []}
+    for _ in range(400):
+        deep = {"a": [deep]}
+    unread = load(tmp_path, [good(1)[0] | {"\ud800": 1, "e" * 2000: 2, "deep": deep}])
+    line = unread.summary()
+    line.encode()
+    assert "columns not read: \\ud800, eee" in line and line.endswith("eee ...")
+    assert len(line) < 1200
 
 
 def test_columns_and_keys_of_messages_that_are_not_read_are_named_once(tmp_path):
@@ -377,6 +514,7 @@ REFUSED_CASES = [
     ("10/tool_turns.jsonl", "tool turns 4"), ("10/assistant_first.jsonl", "assistant first 4"),
     ("19/dict_of_lists.jsonl", "a dict of lists in place of a list of messages 4"),
     ("16/clone", "pick one among the available configs: ['preference', 'kto']"),
+    ("16/clone", "(--dataset_config NAME picks one)"),
     ("17/two_files", "because column names don't match"),
 ]  # fmt: skip
 
@@ -398,6 +536,22 @@ def test_files_of_reported_cases_are_refused_with_their_reason(
 ):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     assert expected in error_of(CASES / file)
+
+
+@pytest.mark.parametrize("prompt", [
+    "Explain.\n\nHuman: hi\n\nAssistant: ho", "What follows?\n\nHuman: hi", "q\n\nAssistant: x\n\nb"
+])  # fmt: skip
+def test_a_text_that_merely_holds_the_words_of_hh_rlhf_stays_one_turn_and_is_counted(
+    prompt, tmp_path
+):
+    pairs = load(tmp_path, [row(prompt, "yes", "no\n\nHuman: more"), row("q", "yes", "no")])
+    assert lists(pairs)[0][0] == ids(f"<s><|user|>{prompt}<|end|>\n<|assistant|>")
+    assert pairs.notes == {"Human: or Assistant: begins a line": 1}
+
+
+def test_answers_that_repeat_the_prompt_are_counted(tmp_path):
+    rows = [row("q", "q yes", "q no"), row("q", "q yes", "no")]
+    assert load(tmp_path, rows).notes == {"answers repeat the prompt": 1}
 
 
 def test_all_common_turns_are_the_prompt(tmp_path):
@@ -451,10 +605,12 @@ FAULTS = [
     ("has image", row(chat([{"type": "image", "text": None}]), "a", "b")),
     ("has images", row([{**chat("q")[0], "images": ["a.png"]}], "a", "b")),
     ("has audio", row("q", "a", "b") | {"audio": {"path": "a.wav"}}),
-    ("two system turns", row(SYSTEM + chat("q"), "a", "b") | {"system": "other"}),
+    ("two system turns", row(KIND + chat("q"), "a", "b") | {"system": "other"}),
     ("system is not text", row("q", "a", "b") | {"system": ["s"]}),
     ("history is no list of [user, assistant]", row("q", "a", "b") | {"history": "earlier"}),
     ("history is no list of [user, assistant]", row("q", "a", "b") | {"history": [["p"]]}),
+    ("a chat written as text", row("q", json.dumps(chat("q", "a")), json.dumps(chat("q", "b")))),
+    ("a chat written as text", row(str(chat("q")), "a", "b")),
     ("turns do not alternate", {"chosen": answer("a"), "rejected": answer("b")}),
     ("answer is not the assistant's", row(chat("q"), chat("a"), answer("b"))),
     ("answer is not the assistant's", row(chat("q"), answer("a"), chat("b"))),
@@ -462,7 +618,7 @@ FAULTS = [
     ("literal special token", row("q", "a</s>", "b")),
     ("literal special token", row("q", "a", "<s>b")),
     ("no chat", row("q", None, "b")),
-    ("no Human/Assistant turns", row(None, "a", "b")),
+    ("no prompt", row(None, "a", "b")),
     ("no chat", row("q", "a", answer("b"))),
     ("no chat", row(chat("q"), answer("a"), [])),
     ("content is not text", row(chat("q"), answer(None), answer("b"))),
@@ -472,8 +628,13 @@ FAULTS = [
     ("a dict of lists in place of a list of messages", row("q", {"role": ["user"]}, {})),
     ("no chat", row([{"role": None, "content": "q"}], answer("a"), answer("b"))),
     ("no chat", row(["q"], answer("a"), answer("b"))),
-    ("no Human/Assistant turns", {"chosen": "Hi." + HH + "a", "rejected": "Hi." + HH + "b"}),
-    ("half a character", row("q", "a \ud800", "b")),  # half a character, which JSON can hold
+    ("turns do not alternate", row("\n\nHuman: p" + HH, "a", "b")),
+    ("prompt ends with the assistant", row(HH + "Well,", "a", "b")),
+    ("prompt ends with the assistant", row(chat("q", "Well,"), "a", "b")),
+    ("half a character", row("q", "a \ud800", "b")),  # which JSON can hold
+    ("half a character", row("q \udfff", "a", "b")),
+    ("half a character", row("q", "a", "b") | {"system": "\ud800"}),
+    ("half a character", row("q", "a", "b") | {"history": [["p", "\ud800"]]}),
     ("not an object", ["q", "a", "b"]),
 ]
 
@@ -496,7 +657,7 @@ def test_more_than_one_percent_of_malformed_rows_stops_the_load_with_counts(tmp_
 
 
 def test_rows_that_cannot_be_used_are_outside_the_limit_but_at_most_half(tmp_path):
-    rows = [*good(2), *(r | {"tools": ["f"]} for r in good(1)), row(SYSTEM + answer("q"), "a", "b")]
+    rows = [*good(2), *(r | {"tools": ["f"]} for r in good(1)), row(KIND + answer("q"), "a", "b")]
     pairs = load(tmp_path, rows)
     assert pairs.dropped == {"has tools": 1, "assistant first": 1} and len(pairs.triplets) == 2
     rows.append(rows[2])
@@ -520,6 +681,65 @@ def test_truncation_cuts_the_end_of_the_answers_and_keeps_the_prompt(room, tmp_p
     assert lists(pairs) == [[prompt, chosen[:room], rejected[:room]]]
     assert pairs.notes == ({"truncated": 1} if room < len(chosen) else {})
     assert not load(tmp_path, [row("q", "abc", "x")], max_length=len(prompt)).triplets
+
+
+# ---------------------------------------------------------------------- thinking
+
+THINKING = [  # an answer, what is thinking in it, and the rest
+    ("<think>\nso\n</think>\n\nyes", "<think>\nso\n</think>\n\n", "yes"),
+    ("so\n</think>\n\nyes", "so\n</think>\n\n", "yes"),
+    (" <Reasoning>so</reasoning>yes", " <Reasoning>so</reasoning>", "yes"),
+    ("[THINK]so[/THINK] yes", "[THINK]so[/THINK] ", "yes"),
+    ("<thought>so, cut", "<thought>so, cut", ""),
+    ("so</think>", "so</think>", ""),
+    ("<think></think>a</think>\nb", "<think></think>", "a</think>\nb"),
+    ("yes", "", "yes"),
+    ("yes <think>so</think>", "", "yes <think>so</think>"),
+    ("close it with </think> there", "", "close it with </think> there"),
+]
+
+
+@pytest.mark.parametrize("text, thinking, rest", THINKING)
+def test_an_answer_is_split_into_thinking_and_the_rest(text, thinking, rest):
+    assert split_thinking(text) == (thinking, rest)
+
+
+def test_thinking_is_kept_and_counted_or_stripped_and_counted(tmp_path):
+    think = "<think>so</think>\n"
+    rows = [*good(4), row(chat("q", think + "a", "r"), think + "yes", think + "no")]
+    rows.append(row("q", think + "yes", "no"))
+    kept, stripped = (load(tmp_path, rows, strip_thinking=strip) for strip in (False, True))
+    assert kept.notes == {"thinking in answers": 3} and not kept.dropped
+    assert stripped.notes == {"thinking left out of answers": 3} and not stripped.dropped
+    assert lists(kept)[5][1] == ids(think + "yes<|end|>")
+    assert lists(stripped)[5] == [ids("<s>" + HEAD), ids("yes<|end|>"), ids("no<|end|>")]
+    prompt = ids(f"<s>{HEAD}a<|end|>\n<|user|>r<|end|>\n<|assistant|>")
+    assert lists(stripped)[4] == [prompt, ids("yes<|end|>"), ids("no<|end|>")]
+
+
+def test_pairs_that_only_thinking_tells_apart_or_fills_are_dropped_when_it_is_stripped(tmp_path):
+    rows = [*good(2), row("q", "<think>a</think>yes", "yes"), row("q", "<think>a</think>", "no")]
+    reasons = {"identical without thinking": 1, "an answer of thinking alone": 1}
+    assert load(tmp_path, rows, strip_thinking=True).dropped == reasons
+    assert not load(tmp_path, rows).dropped
+
+
+@needs_shared
+def test_thinking_of_the_reported_case_is_counted_in_either_way():
+    for strip, words in ((False, "in"), (True, "left out of")):
+        source = str(CASES / "12/pairs.jsonl")
+        pairs = load_pairs(source, "train", tiny(), 512, strip_thinking=strip)
+        assert pairs.notes == {f"thinking {words} answers": 2} and len(pairs.triplets) == 2
+
+
+@pytest.mark.parametrize("part", ["thinking", "an earlier turn"])
+def test_text_that_the_template_leaves_out_is_counted(part, tmp_path):
+    template = CHAT.replace("m.content |", "m.content.split('</think>')[-1] |")
+    if part == "an earlier turn":
+        template = CHAT.replace("in messages %}", "in messages if m.content != 'p' %}")
+    rows = [row(chat("p", "o", "q"), "so</think>\nyes", "no"), row("q", "yes", "no")]
+    pairs = load(tmp_path, rows, tiny(template))
+    assert pairs.notes == {"text left out by the chat template": 1, "thinking in answers": 1}
 
 
 # ---------------------------------------------------------------------- templates
@@ -620,7 +840,7 @@ def test_an_end_of_turn_need_not_be_a_special_token(tmp_path):
 
 def test_a_template_without_generation_prompt_shows_its_header_in_full_conversations(tmp_path):
     silent = tiny(CHAT.split("{% if add_gen")[0])
-    rows = [row(SYSTEM + chat("q", "a", "r"), "yes", "no"), *good(2)]
+    rows = [row(KIND + chat("q", "a", "r"), "yes", "no"), *good(2)]
     assert lists(load(tmp_path, rows, silent)) == lists(load(tmp_path, rows))
 
 
@@ -637,7 +857,7 @@ NO_ANSWER_NO_SYSTEM = "{% set m = messages %}" + CHAT.replace(
 
 @pytest.mark.parametrize("template", [MOVES, NO_ANSWER_NO_SYSTEM])
 def test_a_system_turn_that_full_conversations_move_or_leave_out_is_folded(template, tmp_path):
-    pairs = load(tmp_path, [row(SYSTEM + chat("q"), "yes", "no"), *good(2)], tiny(template))
+    pairs = load(tmp_path, [row(KIND + chat("q"), "yes", "no"), *good(2)], tiny(template))
     prompt = ids("<s><|user|>be kind\n\n" + HEAD.removeprefix("<|user|>"))
     assert lists(pairs)[0] == [prompt, ids("yes<|end|>"), ids("no<|end|>")]
     assert pairs.notes == {"system turn folded": 1}
@@ -672,6 +892,75 @@ def test_several_templates_without_a_default_are_one_line_that_names_them(tmp_pa
         load(tmp_path, good(1), tokenizer)
     tokenizer.chat_template["default"] = CHAT
     assert lists(load(tmp_path, good(1), tokenizer)) == lists(load(tmp_path, good(1)))
+
+
+def test_a_template_is_chosen_by_name_or_read_from_a_file(tmp_path):
+    several, file = tiny.__wrapped__(None), tmp_path / "chat.jinja"
+    several.chat_template = {"rag": TURNS, "tool_use": CHAT}
+    file.write_text(PLAIN, "utf-8-sig")
+    assert find_template("rag", several) == TURNS
+    assert find_template(str(file), several) == find_template(str(file), tiny()) == PLAIN
+    with pytest.raises(InputError, match="^--chat_template: none of rag, tool_use: .*No such file"):
+        find_template("chat", several)
+    file.write_text("\n")
+    with pytest.raises(InputError, match="^--chat_template: .*chat.jinja is empty"):
+        find_template(str(file), tiny())
+
+
+DATED = "{% set day = strftime_now('%d %b %Y, %-d.%m., %A') %}<|system|>{{ day }}<|end|>\n" + TURNS
+
+
+def test_the_day_that_a_template_writes_is_todays_unless_another_is_given(tmp_path, monkeypatch):
+    """A run that goes on tomorrow gives the day of its beginning."""
+    first = load(tmp_path, good(2), tiny(DATED), day="2024-01-05")
+    header = "<s><|system|>05 Jan 2024, 5.01., Friday<|end|>\n<|user|>"
+    assert lists(first)[0][0][: len(ids(header))] == ids(header)
+    assert first.day == "2024-01-05" and first.summary().endswith("writes the day: 2024-01-05")
+    monkeypatch.setattr("data.date", SimpleNamespace(
+        today=lambda: date(2024, 1, 6), fromisoformat=date.fromisoformat
+    ))  # fmt: skip
+    today, again = (load(tmp_path, good(2), tiny(DATED), day=day) for day in (None, first.day))
+    assert today.day == "2024-01-06" and today.fingerprint != first.fingerprint
+    assert again.fingerprint == first.fingerprint
+    assert load(tmp_path, good(2), day="2024-01-05").day is None
+
+
+def test_a_run_that_goes_on_tomorrow_reads_the_day_of_its_beginning(
+    tiny_world, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "dated.jinja").write_text(DATED)
+    more = f"--chat_template={tmp_path / 'dated.jinja'}", "--lambda_adv=0", "--max_length=128"
+    run(tiny_world, tmp_path / "r", *more, "--stop_after=1")
+    began = json_of(tmp_path / "r" / "config.json")["template_day"]
+    assert began == str(date.today()) and f"writes the day: {began}" in capsys.readouterr().out
+    monkeypatch.setattr("data.date", SimpleNamespace(
+        today=lambda: date(2099, 1, 1), fromisoformat=date.fromisoformat
+    ))  # fmt: skip
+    rows, _ = run(tiny_world, tmp_path / "r", *more, "--resume")
+    assert len(rows) == 3 and f"writes the day: {began}" in capsys.readouterr().out
+    assert json_of(tmp_path / "r" / "config.json")["template_day"] == began
+
+
+FAILING = {  # what a template does, and what is said of it
+    "{{ '\\ud800' }}": "it writes half a character",
+    "{{ 1 + 'a' }}": "unsupported operand",
+    "{{ missing.word }}": "'missing' is undefined",
+    "{{ [].pop() }}": "pop",
+}
+
+
+@pytest.mark.parametrize("fault", FAILING)
+def test_whatever_a_template_raises_is_one_line(fault, tmp_path):
+    with pytest.raises(InputError, match="^the chat template cannot be used: ") as caught:
+        load(tmp_path, good(1), tiny(fault + CHAT))
+    assert FAILING[fault] in str(caught.value)
+
+
+def test_a_token_of_the_template_that_is_not_special_must_not_be_spelled_out_either(tmp_path):
+    tokenizer = tiny.__wrapped__(CHAT.replace("<|end|>", "<over>"))
+    tokenizer.add_tokens(["<over>"])
+    rows = [*good(100), row("q", "a<over>", "b")]
+    assert load(tmp_path, rows, tokenizer).dropped == {"literal special token": 1}
 
 
 @needs_shared
@@ -761,9 +1050,41 @@ def test_a_folder_gives_the_same_triplets_and_names_its_splits(kind, tmp_path, m
     assert f"no split 'dev'; it has {', '.join(splits)}" in error_of(source, "dev")
 
 
+def configs_folder(folder):
+    """A data set with two configs, one of which holds pairs."""
+    (folder / "a").mkdir(parents=True)
+    (folder / "b").mkdir()
+    write_lines(folder / "a" / "train.jsonl", good(3))
+    write_lines(folder / "b" / "train.jsonl", [{"text": "t"}])
+    configs = (f"- config_name: {name}\n  data_files: {name}/train.jsonl\n" for name in "ab")
+    (folder / "README.md").write_text(f"---\nconfigs:\n{''.join(configs)}---\n")
+    return str(folder)
+
+
+def test_one_of_several_configs_is_read_and_the_refusal_lists_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    source = configs_folder(tmp_path / "two")
+    pairs = load_pairs(source, "train", tiny(), 512, config="a")
+    assert lists(pairs) == lists(load(tmp_path, good(3)))
+    assert "available configs: ['a', 'b']" in (message := error_of(source))
+    assert message.endswith("(--dataset_config NAME picks one)")
+    assert "'c' not found. Available: ['a', 'b']" in error_of(source, config="c")
+    assert "no preference data in text" in error_of(source, config="b")
+
+
+def test_a_config_of_what_has_none_is_refused(tmp_path):
+    from datasets import Dataset
+
+    file = write_lines(tmp_path / "rows.jsonl", good(1))
+    assert "--dataset_config a" in (message := error_of(file, config="a")), message
+    Dataset.from_list(good(1)).save_to_disk(tmp_path / "saved")
+    assert "has no configs (--dataset_config)" in error_of(tmp_path / "saved", config="a")
+
+
+DEEP = b'{"prompt": ' + b"[" * 10_000 + b"]" * 10_000 + b', "chosen": "a", "rejected": "b"}'
 UNUSABLE = {  # the file's bytes, and what the message must say beside its name
     "missing.jsonl": (None, "no such file"),
-    "cut.jsonl": (b'{"a": 1}\n\n{"a": ', "line 3: not JSON"),
+    "cut.jsonl": (b'{"a": 1}\n\n{"a": ', "line 3: not rows of JSON"),
     "cut.json": (b'[{"a": 1}', "line 1 column 10"),
     "latin1.jsonl": (b'{"a": "\xe9"}', "utf-8"),
     "cut.jsonl.gz": (FILES["rows.jsonl.gz"][:-9], "cannot be read"),
@@ -777,6 +1098,11 @@ UNUSABLE = {  # the file's bytes, and what the message must say beside its name
     "half.jsonl": (b'{"prompt": "a", "chosen": "a"}', "prompt, chosen; accepted"),
     "bare.jsonl": (b'{"chosen": "a", "rejected": "b"}', "chosen, rejected; accepted"),
     "lists.json": (b"[[1]]", "a list; accepted"),
+    "deep.jsonl": (json.dumps(good(1)[0]).encode() + b"\n" + DEEP, "line 2: too many brackets"),
+    "deep.json": (b"[" + DEEP + b"]", "too many brackets"),
+    "number.jsonl": (b'{"a": ' + b"1" * 5000 + b"}", "line 1: not rows of JSON"),
+    "long.jsonl": (b'{"' + b"a" * 5000 + b'": 1}', "aaa ...; accepted"),
+    "surrogate.jsonl": (b'{"\\ud800": 1}', r"in \ud800; accepted"),
 }
 
 
@@ -789,11 +1115,26 @@ def test_an_unusable_file_is_one_line_saying_what_and_where(file, tmp_path):
 
 
 def test_a_data_set_that_cannot_be_fetched_is_one_line_with_the_cause(monkeypatch):
-    def fail(source):
+    def fail(source, config):
         raise ConnectionError("no route to host\nand a page of hints")
 
     monkeypatch.setattr("datasets.load_dataset", fail)
     assert "no route to host" in error_of("somebody/some-pairs")
+
+
+REASONS = {  # what a library raises, and what is shown of it
+    "spread over\n  lines.\nAnd hints": "spread over lines.",
+    "no full\nstop": "no full stop",
+    "": "ValueError",
+    "x" * 2000: "x" * 1000 + " ...",
+}
+
+
+@pytest.mark.parametrize("message", REASONS)
+def test_an_error_of_a_library_is_its_first_sentence_in_one_line(message):
+    with pytest.raises(InputError) as caught, input_error_for("a file"):
+        raise OSError("says nothing") from ValueError(message)
+    assert str(caught.value) == f"a file: {REASONS[message]}"
 
 
 # ---------------------------------------------------------------------- fingerprint
