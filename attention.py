@@ -30,7 +30,7 @@ def choose(wanted: str, config: PretrainedConfig, device: torch.device, dtype: t
     would give wrong results for this model.
     """
     kernels = device.type == "cuda" and dtype == torch.bfloat16
-    softcap = getattr(config, "attn_logit_softcapping", None)
+    softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     if wanted == "auto":
         return ("flex" if softcap else "varlen") if kernels else "loop"
     if wanted != "loop" and not kernels:

@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 from transformers import PreTrainedTokenizerBase
 
 ACCEPTED = (
@@ -201,6 +204,11 @@ def read_with_datasets(source: str, split: str, config: str | None) -> Sequence[
     """Returns the rows of a folder or Hub id; raises InputError without such data or split."""
     import datasets  # takes two seconds to import, so only where it is needed
 
+    *owner, name = source.split("/")
+    folder = "___".join([*owner, datasets.naming.camelcase_to_snakecase(name)])
+    if not (Path(source).exists() or (datasets.config.HF_DATASETS_CACHE / folder).exists()):
+        with input_error_for(source):
+            hub_check(source, "dataset")
     try:
         if Path(source, "dataset_dict.json").is_file() or Path(source, "state.json").is_file():
             if config:
@@ -227,6 +235,26 @@ def read_with_datasets(source: str, split: str, config: str | None) -> Sequence[
 def is_local(name: str) -> bool:
     """Returns whether a name can only be a path, because no Hub id has this form."""
     return name.count("/") > 1 or name.startswith(("/", ".", "~"))
+
+
+def hub_check(name: str, kind: str):
+    """Raises InputError if a Hub id of a "model" or "dataset" is neither cached nor on the Hub.
+
+    It asks once and briefly. The libraries would try again and again, for half a minute.
+    """
+    nothing = f"is no {'folder' if kind == 'model' else 'file'} here and"
+    try:
+        folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=kind))
+        if not (constants.HF_HUB_OFFLINE or (folder / "snapshots").is_dir()):
+            getattr(HfApi(), f"{kind}_info")(name, timeout=5)
+    except HfHubHTTPError as error:
+        if type(error) is RepositoryNotFoundError:  # what else it answers, the libraries explain
+            private = "a private one needs HF_TOKEN"
+            raise InputError(f"{nothing} no {kind} on the Hub ({private})") from None
+    except HFValidationError:
+        raise InputError(f"{nothing} no name that a {kind} on the Hub can have") from None
+    except Exception as error:  # httpx and the Hub's library raise many kinds
+        raise InputError(f"{nothing} the Hub cannot be reached ({reason_of(error)})") from None
 
 
 def check_columns(source: str, rows: Sequence):

@@ -219,8 +219,8 @@ def shard(lm: torch.nn.Module, mesh: DeviceMesh, dtype: torch.dtype):
     summed in float32.
     """
     mixed = MixedPrecisionPolicy()
-    if dtype == torch.bfloat16:
-        mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    if dtype == torch.bfloat16:  # what a layer is given stays as it is: OLMo's angles are float32
+        mixed = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for layer in lm.model.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=mixed)
     return fully_shard(lm, mesh=mesh, mp_policy=mixed)

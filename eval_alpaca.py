@@ -48,6 +48,7 @@ from checkpoint import check_writable, load_discriminators, sha256, write_synced
 from data import (
     ChatEncoder,
     InputError,
+    hub_check,
     input_error_for,
     json_lines,
     read_rows,
@@ -71,7 +72,6 @@ from generate import Answer, generate, quiet
 from policy import (
     check_token_ids,
     load_weights,
-    model_error_for,
     positions_of,
     read_any_config,
     read_tokenizer,
@@ -107,6 +107,7 @@ def alpaca_file(args, name: str) -> Path:
                 return path
         raise InputError(f"--alpaca_data {args.alpaca_data}: no {name}")
     with input_error_for(f"{ALPACA}: {name} cannot be fetched; pass --alpaca_data DIR"):
+        hub_check(ALPACA, "dataset")
         return Path(hf_hub_download(ALPACA, name, repo_type="dataset"))
 
 
@@ -196,7 +197,7 @@ class Writer:
     def lm(self) -> PreTrainedModel:
         if self._lm is None:
             dtype = DTYPES[self.args.dtype]
-            with model_error_for(f"{self.flag} {self.name}"):
+            with input_error_for(f"{self.flag} {self.name}"):
                 lm = load_weights(AutoModelForCausalLM, self.name, dtype=dtype)
                 self._lm = lm.to(self.device)
         return self._lm

@@ -30,12 +30,11 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import distributed
-from data import ChatEncoder, InputError, user_chat
+from data import ChatEncoder, InputError, input_error_for, user_chat
 from flags import Parser, at_least_0, count, natural, refuse
 from policy import (
     check_token_ids,
     load_weights,
-    model_error_for,
     positions_of,
     read_any_config,
     read_tokenizer,
@@ -222,7 +221,7 @@ def main(argv: list[str] | None = None):
         encoder = ChatEncoder(read_tokenizer(args.model, args.chat_template))
         settings = {k: getattr(args, k) for k in ("temperature", "max_new_tokens", "seed")}
         with distributed.session(timeout=600) as device:  # for the number of threads
-            with model_error_for(f"--model {args.model}"):
+            with input_error_for(f"--model {args.model}"):
                 lm = load_weights(AutoModelForCausalLM, args.model, dtype="auto").to(device)
             answers = generate(lm, encoder, [user_chat(p) for p in args.prompts], **settings)
     except (InputError, OSError) as error:

@@ -13,9 +13,9 @@ the same function of the weights. Shapes: N = 2b texts, R response tokens, H hid
 
 import functools
 import json
+import re
 import zipfile
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +41,7 @@ from transformers.utils import (
 )
 
 import attention
-from data import InputError, find_template, is_local
+from data import InputError, find_template, hub_check, input_error_for, is_local
 from packing import Packed
 
 # The head works in chunks of rows, so that the logits stay in a CPU's cache and do not fill a GPU's
@@ -98,11 +98,12 @@ class PackedLM(nn.Module):
         """
         head = self.model.get_output_embeddings()
         softcap = getattr(self.model.config, "final_logit_softcapping", None)
+        scale = getattr(self.model.config, "logits_scaling", 1.0)
         chunk = rows_per_chunk(head.weight.shape[0])
         recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         logp = torch.cat(
             [
-                recompute(token_log_probs, h[rows], head.weight, head.bias, labels, softcap)
+                recompute(token_log_probs, h[rows], head.weight, head.bias, labels, softcap, scale)
                 for rows, labels in zip(
                     batch.predict.split(chunk), batch.labels.split(chunk), strict=True
                 )
@@ -117,14 +118,19 @@ def rows_per_chunk(vocabulary: int) -> int:
 
 
 def token_log_probs(
-    h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    softcap: float | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
     """Returns log p(label), (R,), in float32 or higher.
 
     h is (R, H), weight (V, H), bias (V,) or None, labels (R,) token ids. softcap is the model's
-    final soft cap of logits, or None.
+    final soft cap of logits (Gemma 2), or None; scale is what they are divided by (Granite).
     """
-    logits = at_least_fp32(F.linear(h, weight, bias))
+    logits = at_least_fp32(F.linear(h, weight, bias)) / scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return -F.cross_entropy(logits, labels, reduction="none")
@@ -140,7 +146,10 @@ def at_least_fp32(x: Tensor) -> Tensor:
 # The families whose own padded forward tests/test_policy.py compares with this file's. Another one
 # may have a detail that this file would leave out in silence (a scale of the logits, attention
 # sinks), so it has to be added to that test first.
-FAMILIES = ("gemma2", "llama", "mistral", "qwen2", "qwen3")
+FAMILIES = (
+    "gemma2", "gemma3", "gemma3_text", "granite", "llama", "mistral", "olmo2", "olmo3", "phi3",
+    "qwen2", "qwen3", "smollm3",
+)  # fmt: skip
 
 LFS = b"version https://git-lfs.github.com/spec/"  # how a pointer file of Git LFS begins
 MERGE = (
@@ -151,35 +160,45 @@ NAMES_SHOWN = 3  # of the weights that are missing, say; the others are counted
 
 
 def check_config(config: PretrainedConfig, max_length: int):
-    """Raises ValueError if the model is not in FAMILIES, if the angles of its positions depend on
-    the other texts of a batch, or if it has fewer than max_length positions."""
+    """Raises ValueError if the model is not in FAMILIES, if a token sees those that follow it, if
+    the angles of its positions depend on the other texts of a batch, or if it has fewer than
+    max_length positions."""
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"model type {config.model_type!r} is not supported; these are: {', '.join(FAMILIES)}"
         )
-    rope = getattr(config, "rope_parameters", None) or {}
-    for kind in (
-        part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)
-    ):
-        if kind and (kind == "longrope" or "dynamic" in kind):
-            raise ValueError(
-                f"position scaling {kind!r} is not supported: its angles depend on the longest"
-                " text of a batch, so a pair's log-probabilities would depend on the other pairs"
-            )
+    if getattr(config.get_text_config(), "use_bidirectional_attention", False):
+        raise ValueError(
+            "use_bidirectional_attention is not supported: such a model writes no text"
+        )
+    if longrope_limits(config):
+        raise ValueError(
+            "position scaling 'longrope' is not supported: its angles depend on the longest text"
+            " of a batch, so a pair's log-probabilities would depend on the other pairs"
+        )
     positions = positions_of(config)
     if max_length > positions:
         raise ValueError(f"--max_length {max_length} is beyond the model's {positions} positions")
 
 
+def longrope_limits(config: PretrainedConfig) -> list[int]:
+    """Returns the lengths of a batch's longest text at which longrope takes other angles."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]  # by type of layer
+    key = "original_max_position_embeddings"
+    return [part[key] for part in parts if part.get("rope_type") == "longrope"]
+
+
 def positions_of(config: PretrainedConfig) -> int:
-    """Returns the number of positions of a text; raises InputError if the config names none."""
+    """Returns the number of positions of a text, with longrope those at which its first angles
+    hold; raises InputError if the config names none."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is None:
         raise InputError(
             f"model type {config.model_type!r} is not supported: its config has no"
             " max_position_embeddings, the number of tokens that a text may have"
         )
-    return positions
+    return min([positions, *longrope_limits(config)])
 
 
 def check_token_ids(texts: Iterable, config: PretrainedConfig, whose: str = "the model"):
@@ -192,96 +211,62 @@ def check_token_ids(texts: Iterable, config: PretrainedConfig, whose: str = "the
         )
 
 
-@contextmanager
-def model_error_for(what: str):
-    """Turns any exception of a `with` block into an InputError of one line that begins with `what`.
-
-    Unlike data.input_error_for it gives the whole first sentence, which transformers may spread
-    over several lines.
-    """
-    try:
-        yield
-    except Exception as error:
-        lines = str(error.__cause__ or error).split("\n")
-        ends = [i for i, line in enumerate(lines, 1) if line.rstrip().endswith((".", "!", "?"))]
-        text = " ".join(" ".join(lines[: min(ends, default=len(lines))]).split())
-        raise InputError(f"{what}: {text or type(error).__name__}") from None
-
-
-def check_model_folder(name: str, flag: str = "--model"):
-    """Raises InputError, which names `flag`, if a folder's weights are not plain and whole files.
-
-    Only the beginnings and sizes of files are read. A Hub id is checked for an adapter alone.
-    """
-    folder = Path(name)
-    if not folder.is_dir() and is_local(name):
-        raise InputError(f"{flag} {name}: no such folder")
-    with model_error_for(f"{flag} {name}"):
-        if find_adapter_config_file(name):
-            raise InputError(f"holds an adapter, which is no whole model: {MERGE}")
-        if folder.is_dir():
-            if (folder / "tokenizer.json").is_file():
-                refuse_lfs_pointer(folder / "tokenizer.json")
-            for path in weight_files(folder):
-                check_weight_file(path)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Returns the files of weights that transformers reads in a folder.
-
-    Raises InputError if there are none, or if one that the index names is not there.
-    """
+def check_files(folder: Path):
+    """Raises InputError unless a folder's weights are whole files; their values are not read."""
     names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
         raise InputError(f"a model folder without weights: none of {', '.join(names)} is there")
-    if path.suffix != ".json":
-        return [path]
-    refuse_lfs_pointer(path)
-    shards = sorted({*json.loads(path.read_text())["weight_map"].values()})
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
-    if missing:
-        more = f" ({len(missing)} of {len(shards)} files are missing)"
-        raise InputError(f"{path.name} names {missing[0]}, which is not there{more}")
-    return [folder / shard for shard in shards]
+    for file in (path, *folder.glob("*.json"), *folder.glob("*.model")):
+        check_file(file)
+    if path.suffix == ".json":
+        shards = sorted({*json.loads(path.read_text())["weight_map"].values()})
+        if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+            more = f" ({len(missing)} of {len(shards)} files are missing)"
+            raise InputError(f"{path.name} names {missing[0]}, which is not there{more}")
+        for shard in shards:
+            check_file(folder / shard)
 
 
-def check_weight_file(path: Path):
-    """Raises InputError if a file is a Git LFS pointer, or cut or damaged, and not weights."""
-    refuse_lfs_pointer(path)
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt"):  # compares the header with the file's size
-                return
-        with path.open("rb") as file:
-            old = file.read(1) == b"\x80"  # before torch 1.6 it was a pickle and no zip archive
-        if old or zipfile.is_zipfile(path):
-            return
-        reason = "not a zip archive of torch.save"
-    except SafetensorError as error:
-        reason = str(error)
-    size = path.stat().st_size
-    raise InputError(f"{path.name} is cut or damaged ({size:,} bytes; {reason}): fetch it again")
-
-
-def refuse_lfs_pointer(path: Path):
-    """Raises InputError if a file only says where Git LFS keeps the real one."""
+def check_file(path: Path):
+    """Raises InputError if a file is a Git LFS pointer, or weights that are cut or damaged."""
     with path.open("rb") as file:
-        if file.read(len(LFS)) == LFS:
-            raise InputError(
-                f"{path.name} is a Git LFS pointer, not the file itself: run `git lfs pull` in"
-                f" {path.parent}"
-            )
+        start, reason = file.read(len(LFS)), None
+    if start == LFS:
+        raise InputError(
+            f"{path.name} is a Git LFS pointer, not the file itself: run `git lfs pull` in"
+            f" {path.parent}"
+        )
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt"):  # compares the header with the file's size
+                pass
+        except SafetensorError as error:
+            reason = str(error)
+    # before torch 1.6 a .bin was a pickle, which begins with 80, and no zip archive
+    elif path.suffix == ".bin" and start[:1] != b"\x80" and not zipfile.is_zipfile(path):
+        reason = "not a zip archive of torch.save"
+    if reason:
+        size = f"{path.stat().st_size:,} bytes"
+        raise InputError(f"{path.name} is cut or damaged ({size}; {reason}): fetch it again")
 
 
 def read_any_config(name: str, flag: str = "--model") -> PretrainedConfig:
     """Returns the config of a folder or Hub id of any family, before any weight is read.
 
-    Raises InputError, which begins with `flag`, if there is no config, if check_model_folder
-    refuses the folder, if the weights are quantised, or if the positions are not known.
+    Raises InputError, which begins with `flag`, if there is none, if the weights are an adapter,
+    quantised or, in a folder, not whole files, or if the number of positions is not known.
     """
-    check_model_folder(name, flag)
-    with model_error_for(f"{flag} {name}"):
+    folder = Path(name)
+    with input_error_for(f"{flag} {name}"):
+        if not folder.is_dir():
+            if is_local(name):
+                raise InputError("no such folder")
+            hub_check(name, "model")
+        if find_adapter_config_file(name):
+            raise InputError(f"holds an adapter, which is no whole model: {MERGE}")
+        if folder.is_dir():
+            check_files(folder)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         quantised = getattr(config, "quantization_config", None)
         quantised = quantised or getattr(config.get_text_config(), "quantization_config", None)
@@ -298,12 +283,13 @@ def read_any_config(name: str, flag: str = "--model") -> PretrainedConfig:
 def read_model_config(name: str, max_length: int, flag: str = "--model") -> PretrainedConfig:
     """Returns the config of a model that can be trained, a folder or Hub id, as read_any_config.
 
-    Also raises InputError if check_config refuses the model.
+    Of a multimodal model it is that of the text part. Also raises InputError if check_config
+    refuses the model.
     """
     config = read_any_config(name, flag)
-    with model_error_for(f"{flag} {name}"):
+    with input_error_for(f"{flag} {name}"):
         check_config(config, max_length)
-    return config
+    return config.get_text_config()
 
 
 def read_tokenizer(name: str, chat_template: str | None = None, flag: str = "--model"):
@@ -312,7 +298,7 @@ def read_tokenizer(name: str, chat_template: str | None = None, flag: str = "--m
 
     Raises InputError, which begins with `flag`, if either cannot be read.
     """
-    with model_error_for(f"{flag} {name}"):
+    with input_error_for(f"{flag} {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if chat_template:
         tokenizer.chat_template = find_template(chat_template, tokenizer)
@@ -325,7 +311,8 @@ def load_weights(auto, name: str, new: tuple = (), unused: tuple = (), **setting
     auto is the class of transformers that reads it, settings are arguments of its from_pretrained.
     If the files are those of another class, `new` names weights that may be missing and are then
     drawn at random, which a printed line says, and `unused` names weights of the files that may be
-    left out. Raises InputError if any other name is missing, unexpected or of another shape.
+    left out. Raises InputError if any other name is missing, unexpected or of another shape. Of a
+    multimodal Gemma 3 only the text part is returned, which a printed line says.
     """
     model, found = auto.from_pretrained(
         name, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False,
@@ -351,15 +338,40 @@ def load_weights(auto, name: str, new: tuple = (), unused: tuple = (), **setting
     }
     faults = [f"{kind}: {first_names(names)}" for kind, names in kinds.items() if names]
     if faults:
-        adapter = any(
-            "lora_" in n or "base_layer" in n or "base_model.model." in n for n in unexpected
-        )
+        adapter = re.search(r"lora_|base_layer|base_model\.model\.", " ".join(unexpected))
         more = f"; these are weights of an adapter: {MERGE}" if adapter else ""
         kind = type(model).__name__
         raise InputError(f"the weights are not those of {kind}: {'; '.join(faults)}{more}")
     if drawn:
         print(f"{name} has no {first_names(drawn)}: it is new and drawn at random", flush=True)
-    return model
+    text = text_part(model, auto)
+    if text is not model:
+        print_once(f"{name}: of this multimodal model the text part is used, and exported alone")
+    return text
+
+
+print_once = functools.cache(functools.partial(print, flush=True))  # policy and reference say it
+
+
+def text_part(model, auto):
+    """Returns the text model in a multimodal Gemma 3, with the same weights; any other as it is.
+
+    auto is the class of transformers that has read the model.
+    """
+    if model.config.model_type != "gemma3":
+        return model
+    config = model.config.get_text_config()
+    for key in ("tie_word_embeddings", "num_labels"):
+        setattr(config, key, getattr(model.config, key))
+    with torch.device("meta"):
+        text = auto.from_config(
+            config, attn_implementation=config._attn_implementation, dtype=model.dtype
+        )
+    for name, part in model.named_children():  # trunk and head
+        setattr(text, name, getattr(part, "language_model", part))
+    if text.can_generate():
+        text.generation_config = model.generation_config
+    return text
 
 
 def first_names(names: set[str]) -> str:
@@ -400,6 +412,7 @@ def load_lm(
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **wrapper.settings)
         with torch.device(shell):
             model = wrapper.auto.from_config(config, trust_remote_code=False, **settings)
+        model = text_part(model, wrapper.auto)
         if model.can_generate():  # from_config leaves these settings out, and the export has them
             model.generation_config = generation_settings(name)
     model.eval()  # for good: dropout would make policy and reference differ before the first step
@@ -430,7 +443,7 @@ def least_memory(
     keeps, per token, its input with checkpointing, and otherwise about ten vectors of the hidden
     size and three of the feed-forward network's.
     """
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
     size = dtype.itemsize
     master = max(4, size)  # the policy's own weights, its gradients and AdamW's two moments
     layer = config.hidden_size
@@ -445,7 +458,7 @@ def least_memory(
 
 def parameters_of(name: str) -> int:
     """Returns the number of parameters of a folder or Hub id; tied ones count once."""
-    with model_error_for(name):
+    with input_error_for(name):
         lm = load_lm(name, torch.float32, shell="meta")
     return sum(p.numel() for p in lm.parameters())
 

@@ -65,7 +65,6 @@ from policy import (
     check_token_ids,
     load_lm,
     load_weights,
-    model_error_for,
     positions_of,
     read_any_config,
     read_model_config,
@@ -123,7 +122,7 @@ class RewardModel:
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype = torch.float32):
         self.encoder, _ = read_reward_model(name)
-        with model_error_for(f"--reward_model {name}"):
+        with input_error_for(f"--reward_model {name}"):
             model = load_weights(AutoModelForSequenceClassification, name, dtype=dtype)
             if not isinstance(getattr(model, "score", None), torch.nn.Linear):
                 kind = type(model).__name__

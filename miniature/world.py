@@ -45,10 +45,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from data import ChatEncoder, InputError, json_lines, read_rows, user_chat
+from data import ChatEncoder, InputError, input_error_for, json_lines, read_rows, user_chat
 from flags import Parser, natural, world_folder
 from generate import Answer, generate, quiet
-from policy import load_weights, model_error_for
+from policy import load_weights
 
 SIZES = dict(  # of a world; sft_steps are the reference's training steps
     prompts=1000, train_prompts=2048, train_pairs=3072, test_prompts=256, sft_steps=1600,
@@ -543,7 +543,7 @@ def write_world(folder: Path, settings: dict, log: Callable):
 def examine(model: str, tasks: list[Task], temperature: float, seed: int) -> list[Verdict]:
     """Returns the judge's verdicts on the answers that a Hugging Face folder gives to tasks."""
     encoder = ChatEncoder(AutoTokenizer.from_pretrained(model))
-    with model_error_for(model):
+    with input_error_for(model):
         lm = load_weights(AutoModelForCausalLM, model, dtype=torch.float32)
     answers = answer(lm, encoder, tasks, temperature, seed)
     return [judge(task, a.text) for task, a in zip(tasks, answers, strict=True)]

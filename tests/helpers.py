@@ -67,13 +67,32 @@ def tiny(template=CHAT, bos="<s>", merges=(), special=tuple(SPECIAL)):
 
 # ---------------------------------------------------------------------- tiny models and rows
 
-SHAPES = {  # grouped-query attention everywhere; windows shorter than the sequences
+# grouped-query attention everywhere; windows shorter than the sequences; no scale or angle is 1
+GEMMA3 = dict(head_dim=8, sliding_window=6, query_pre_attn_scalar=8, sliding_window_pattern=2)
+SHAPES = {
     "llama": dict(),
     "gemma2": dict(head_dim=8, sliding_window=6, query_pre_attn_scalar=8, tie_word_embeddings=True),
     "mistral": dict(sliding_window=6),
     "qwen2": dict(use_sliding_window=True, sliding_window=6, max_window_layers=1),
     "qwen3": dict(head_dim=8),
-}
+    "gemma3_text": GEMMA3,
+    "gemma3": GEMMA3,  # multimodal: make_model adds the other part
+    "granite": dict(
+        embedding_multiplier=3.0, residual_multiplier=0.6, attention_multiplier=0.5,
+        logits_scaling=4.0,
+    ),
+    "olmo2": dict(),
+    "olmo3": dict(
+        sliding_window=6, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            "full_attention": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                               "original_max_position_embeddings": 64},
+        },
+    ),
+    "phi3": dict(sliding_window=6, rope_parameters={"partial_rotary_factor": 0.5}),
+    "smollm3": dict(no_rope_layers=[1, 0, 1], use_sliding_window=True, sliding_window=6),
+}  # fmt: skip
 LENGTHS = [(5, 9, 4), (1, 3, 11), (12, 1, 1), (7, 2, 8)]  # prompt, chosen, rejected
 
 
@@ -85,7 +104,13 @@ def make_model(folder, family="llama", seed=0, **changes):
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
         initializer_range=0.2, bos_token_id=0, eos_token_id=1, pad_token_id=None,
     )  # fmt: skip
-    config = AutoConfig.for_model(family, **(size | SHAPES[family] | changes))
+    size |= SHAPES[family] | changes
+    if family == "gemma3":
+        vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, image_size=28)
+        vision |= dict(num_attention_heads=2, patch_size=14)
+        size = dict(text_config=size, vision_config=vision, mm_tokens_per_image=4,
+                    image_token_index=299, boi_token_index=298, eoi_token_index=297)  # fmt: skip
+    config = AutoConfig.for_model(family, **size)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tiny().save_pretrained(folder)
     return str(folder)

@@ -6,11 +6,10 @@ flex_attention itself runs here, forward only and not compiled. varlen_attn does
 stands in, which aligns its causal diagonal as the kernel's documentation says.
 """
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
+from transformers import PretrainedConfig
 
 import attention
 import attention_gpu
@@ -128,7 +127,7 @@ def naive_varlen(q, k, v, ends_q, ends_k, max_q, max_k, *, scale, window_size, e
 def test_varlen_with_gathered_keys_equals_the_loop(family, tmp_path, monkeypatch):
     """Latents, log-probabilities and every gradient."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", naive_varlen)
-    name = make_model(tmp_path, family, num_hidden_layers=2)
+    name = make_model(tmp_path, family)
     batch = pack(triplets_for([(5, 9, 4), (1, 3, 11), (12, 1, 1)]))
     loop, own = (load_lm(name, torch.float64, attention_kind=kind) for kind in ("loop", "varlen"))
     outs = loop(batch), own(batch)
@@ -169,7 +168,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 def test_attention_is_chosen_by_device_and_model_or_refused(
     wanted, softcap, device, dtype, expected
 ):
-    config = SimpleNamespace(attn_logit_softcapping=softcap)
+    config = PretrainedConfig(attn_logit_softcapping=softcap)
     if expected.startswith("--"):
         with pytest.raises(InputError, match=expected):
             attention.choose(wanted, config, device, dtype)

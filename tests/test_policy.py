@@ -9,25 +9,34 @@ import json
 import random
 import re
 import shutil
+import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+import transformers
+from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import data
+import distributed
 import eval_alpaca
 import generate
 import policy
 import reward_model
 import train_ganpo
-from data import InputError
+from data import ChatEncoder, InputError, user_chat
 from helpers import (
     LENGTHS,
     LN2,
     SHAPES,
     command,
     flags,
+    json_of,
     launch,
     make_model,
     naive_forward,
@@ -40,6 +49,7 @@ from helpers import (
 from miniature import world
 from packing import pack
 from policy import load_lm
+from reward_model import RewardLM
 
 
 @pytest.mark.parametrize("family", SHAPES)
@@ -61,8 +71,80 @@ def test_packed_forward_and_gradient_equal_the_models_own(family, tmp_path):
     (out.logp * weight).sum().backward()
     theirs = dict(own.named_parameters())
     for parameter_name, p in packed.model.named_parameters():
+        if family == "gemma3":  # its own forward goes through the multimodal model
+            parameter_name = parameter_name.replace("model.", "model.language_model.", 1)
         grad = theirs[parameter_name].grad
         assert (p.grad - grad).abs().max() <= 1e-4 * grad.abs().max(), parameter_name
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_generation_is_the_models_own(family, tmp_path):
+    """In batches that shrink as answers end, with texts longer than the windows."""
+    name, encoder = make_model(tmp_path, family), ChatEncoder(tiny())
+    chats = [user_chat(text) for text in ("abc", "fade a bed", "a", "cafe bead face")]
+    # in float32, because an eager softmax of float64 scores gives padding NaN
+    own = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    lm = policy.load_weights(AutoModelForCausalLM, name, dtype=torch.float32)
+    stops = list(range(40))
+    lm.generation_config.eos_token_id = stops
+    answers = generate.generate(lm, encoder, chats, temperature=0, seed=0, max_new_tokens=24)
+    for chat, answer in zip(chats, answers, strict=True):
+        ids = torch.tensor([encoder.prompt_ids(chat)])
+        new = own.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=stops)
+        new = new[0, ids.shape[1] :].tolist()
+        assert tiny().decode(new[:-1] if answer.ended else new) == answer.text
+        assert len(new) == answer.tokens
+    assert len({answer.tokens for answer in answers}) > 1
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_a_sharded_model_in_bfloat16_is_the_plain_one(family, tmp_path):
+    """Its weights stay in float32; angles and scales are rounded nowhere else than without it."""
+    name, batch = make_model(tmp_path, family), pack(triplets_for(LENGTHS))
+    with distributed.session(60) as device, torch.no_grad():
+        load, mesh = partial(load_lm, name, torch.float32), distributed.make_mesh(device)
+        sharded = distributed.load_sharded(load, mesh, device, torch.bfloat16, "")(batch)
+    plain = load_lm(name, torch.bfloat16)(batch)
+    assert plain.h.dtype == torch.bfloat16
+    assert torch.equal(sharded.h, plain.h) and torch.equal(sharded.logp, plain.logp)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma3", "granite", "olmo3", "phi3", "smollm3"])
+def test_two_ranks_train_and_export_every_family(family, tiny_world, tmp_path):
+    """At learning rate 0 the policy stays the reference, and the export has the file's weights."""
+    base = make_model(tmp_path / "base", family)
+    more = ("--lr=0", "--max_steps=1", "--batch_size=4")
+    rows, weights = run(tiny_world, tmp_path / "r", f"--model={base}", *more, ranks=2)
+    assert rows[0]["loss_opo"] == pytest.approx(LN2, rel=1e-6)
+    own = load_lm(base, torch.float32).model.state_dict()
+    for key, value in weights.items():
+        if not key.startswith(("pos.", "neg.")):
+            assert torch.equal(value, own[key])
+
+
+def test_of_a_multimodal_model_the_text_part_is_trained_and_exported(tiny_world, tmp_path, capsys):
+    base = Path(make_model(tmp_path / "base", "gemma3"))
+    said = f"{base}: of this multimodal model the text part is used, and exported alone"
+    policy.print_once.cache_clear()
+    run(tiny_world, tmp_path / "r", f"--model={base}", "--lr=0", "--max_steps=1")
+    assert capsys.readouterr().out.count(said) == 1  # though policy and reference are read
+    whole, text = (AutoModelForCausalLM.from_pretrained(f) for f in (base, tmp_path / "r" / "hf"))
+    assert [type(m).__name__ for m in (whole, text)] == [
+        "Gemma3ForConditionalGeneration", "Gemma3ForCausalLM"
+    ]  # fmt: skip
+    ids = torch.arange(6, 40)[None]
+    assert torch.equal(whole(ids).logits, text(ids).logits)
+    assert text.get_output_embeddings().weight is text.get_input_embeddings().weight
+    argv = [f"--model={base}", f"--dataset={tiny_world / 'train.jsonl'}", "--batch_size=8"]
+    reward_model.main([*argv, "--max_length=64", f"--out_dir={tmp_path / 'rm'}"])
+    scores = reward_model.RewardModel(str(tmp_path / "rm" / "hf"), torch.device("cpu"))
+    assert type(scores.model).__name__ == "Gemma3TextForSequenceClassification"
+    spoiled = base / "model.safetensors"  # what is not used has to be whole all the same
+    save_file({k: v for k, v in load_file(spoiled).items() if "projector" not in k}, spoiled,
+              {"format": "pt"})  # fmt: skip
+    with pytest.raises(SystemExit, match="missing: model.multi_modal_projector"):
+        run(tiny_world, tmp_path / "s", f"--model={base}")
 
 
 def test_batch_mates_and_packing_order_change_nothing(tiny_world):
@@ -282,10 +364,13 @@ def as_bin(folder):
 
 
 def in_shards(folder):
-    lm = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    (kind,) = json_of(folder / "config.json")["architectures"]
+    lm = getattr(transformers, kind).from_pretrained(folder, dtype="auto")
     (folder / "model.safetensors").unlink()
     lm.save_pretrained(folder, max_shard_size="30KB")
-    return folder / "model.safetensors.index.json"
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 3
+    return shards
 
 
 def adapter_alone(folder):
@@ -317,12 +402,12 @@ NOT_PLAIN = {
     "cut": (lambda f: cut(f / "model.safetensors"), "model.safetensors is cut or damaged"),
     "a cut .bin": (lambda f: cut(as_bin(f)), "pytorch_model.bin is cut or damaged"),
     "a cut shard": (
-        lambda f: cut(in_shards(f).with_name("model-00002-of-00006.safetensors")),
-        "model-00002-of-00006.safetensors is cut",
+        lambda f: cut(in_shards(f)[1]),
+        r"model-00002-of-0000\d.safetensors is cut",
     ),
     "no shard": (
-        lambda f: in_shards(f).with_name("model-00002-of-00006.safetensors").unlink(),
-        r"index.json names model-00002-of-00006.safetensors, which is not there \(1 of 6",
+        lambda f: in_shards(f)[1].unlink(),
+        r"index.json names model-00002-of-0000\d.safetensors, which is not there \(1 of \d files",
     ),
     "no type": (
         lambda f: (f / "config.json").write_text("{}"),
@@ -341,11 +426,53 @@ def test_what_is_not_plain_weights_is_one_line_before_any_is_read(
 ):
     spoil, message = NOT_PLAIN[kind]
     model = shutil.copytree(tiny_world / "llama", tmp_path / "model")
+    reward = Path(make_reward_model(tmp_path / "reward", tiny_world / "llama"))
     spoil(model)
+    spoil(reward)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", None)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     refused_by_all(message, tiny_world, tmp_path / "out", model)
+    refused_by_all(message, tiny_world, tmp_path / "rewards", reward, reward=True)
+
+
+class Gone:
+    """The Hub's interface, which answers that there is no such thing."""
+
+    def __getattr__(self, name):
+        return mock.Mock(side_effect=RepositoryNotFoundError("404", response=mock.MagicMock()))
+
+
+@pytest.mark.parametrize("answer, message", [
+    (None, r"is no \w+ here and the Hub cannot be reached \(.*refused.*\)$"),
+    (Gone, r"is no \w+ here and no \w+ on the Hub \(a private one needs HF_TOKEN\)$"),
+])  # fmt: skip
+def test_an_id_that_the_hub_does_not_give_is_one_line_in_a_moment(
+    answer, message, tiny_world, tmp_path, monkeypatch
+):
+    """The libraries alone try it again for half a minute."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    if answer:
+        monkeypatch.setattr("data.HfApi", answer)
+    begin = time.monotonic()
+    refused_by_all(message, tiny_world, tmp_path / "out", "some/model")
+    refused_by_all(message, tiny_world, tmp_path / "out", "some/model", reward=True)
+    with pytest.raises(SystemExit, match=f"some/pairs: {message}"):
+        train_ganpo.main(flags(tiny_world, tmp_path / "r", "--dataset=some/pairs"))
+    assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_the_hub_is_not_asked_for_what_is_cached_or_offline(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("data.HfApi", Gone)
+    (tmp_path / f"{kind}s--some--cached" / "snapshots").mkdir(parents=True)
+    data.hub_check("some/cached", kind)
+    with pytest.raises(InputError, match=f"no {kind} on the Hub"):
+        data.hub_check("some/other", kind)
+    with pytest.raises(InputError, match=f"no name that a {kind} on the Hub can have"):
+        data.hub_check("an other", kind)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    data.hub_check("some/other", kind)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -370,10 +497,18 @@ def test_values_are_the_files_in_every_form_and_precision(family, form, dtype, t
         file.unlink()
     assert len([*folder.glob("*.bin"), *folder.glob("*.safetensors")]) > ("shards" in form)
     policy.read_model_config(str(folder), 64)
-    own = policy.load_weights(AutoModelForCausalLM, str(folder), dtype="auto")
-    for model, wanted in ((own, dtype), (load_lm(str(folder), torch.float32).model, torch.float32)):
+    args = SimpleNamespace(chat_template=None, dtype="float32")
+    loaded = {  # training, reward model's training, generation, evaluation
+        load_lm(str(folder), torch.float32).model: torch.float32,
+        load_lm(str(folder), torch.float32, wrapper=RewardLM).model: torch.float32,
+        policy.load_weights(AutoModelForCausalLM, str(folder), dtype="auto"): dtype,
+        eval_alpaca.Writer(str(folder), "--model", args, torch.device("cpu")).lm: torch.float32,
+    }
+    for model, wanted in loaded.items():
         found = dict(model.named_parameters())
-        assert {*found} == {*weights}
+        if found.pop("score.weight", None) is not None:
+            found["lm_head.weight"] = weights.get("lm_head.weight", torch.empty(0)).to(wanted)
+        assert {*found} - {*weights} <= {"lm_head.weight"} and {*weights} <= {*found}
         for name, value in weights.items():
             assert torch.equal(found[name], value.to(wanted)) and found[name].dtype == wanted
 
@@ -386,19 +521,47 @@ LONG = scaled("longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4,
               original_max_position_embeddings=16)  # fmt: skip
 
 
-@pytest.mark.parametrize("kind, changes", [("longrope", LONG), ("dynamic", scaled("dynamic"))])
-def test_positions_that_depend_on_the_batch_are_refused_by_name(
-    kind, changes, tiny_world, tmp_path
-):
-    model = make_model(tmp_path / "m", **changes)
-    with pytest.raises(SystemExit, match=f"position scaling '{kind}' .* longest text of a batch"):
+def test_angles_that_depend_on_the_batch_are_refused_or_not_reached(tiny_world, tmp_path):
+    model = make_model(tmp_path / "m", **LONG)
+    with pytest.raises(SystemExit, match="position scaling 'longrope' .* longest text of a batch"):
         train_ganpo.main(flags(tiny_world, tmp_path / "r", f"--model={model}"))
+    with pytest.raises(SystemExit, match="and 12 new ones exceed the model's 16 positions"):
+        generate.main([f"--model={model}", "--max_new_tokens=12", "hello"])
     nested = AutoConfig.from_pretrained(model)
     nested.rope_parameters = {"full_attention": nested.rope_parameters}
-    with pytest.raises(ValueError, match=f"position scaling '{kind}'"):
+    with pytest.raises(ValueError, match="position scaling 'longrope'"):
         policy.check_config(nested, 64)
-    for other in (scaled("linear"), scaled("yarn", original_max_position_embeddings=128)):
-        policy.check_config(AutoConfig.for_model("llama", max_position_embeddings=256, **other), 64)
+
+
+YARN = scaled("yarn", original_max_position_embeddings=32)
+LLAMA3 = scaled("llama3", low_freq_factor=1.0, high_freq_factor=4.0,
+                original_max_position_embeddings=32)  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [scaled("linear"), scaled("dynamic"), YARN, LLAMA3],
+                         ids=["linear", "dynamic", "yarn", "llama3"])  # fmt: skip
+def test_with_other_position_scaling_a_pair_is_alone_as_beside_the_longest_one(changes, tmp_path):
+    """Up to the model's positions, beyond which --max_length is refused."""
+    name = make_model(tmp_path, max_position_embeddings=64, **changes)
+    policy.read_model_config(name, 64)
+    with pytest.raises(InputError, match="--max_length 65 is beyond the model's 64 positions"):
+        policy.read_model_config(name, 65)
+    lm, own = load_lm(name, torch.float64), AutoModelForCausalLM.from_pretrained(
+        name, dtype=torch.float64, attn_implementation="eager"
+    )  # fmt: skip
+    short, long = triplets_for([(5, 9, 4), (20, 44, 30)])
+    with torch.no_grad():
+        before, together, after = (lm(pack(x)).logp for x in ([short], [short, long], [short]))
+        expected = naive_forward(own, [short])[1]
+    assert torch.equal(before, after)
+    torch.testing.assert_close(together[[0, 2]], before, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(before, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_sees_what_follows_is_refused(tiny_world, tmp_path):
+    model = make_model(tmp_path / "m", "gemma3_text", use_bidirectional_attention=True)
+    with pytest.raises(SystemExit, match="use_bidirectional_attention is not supported"):
+        train_ganpo.main(flags(tiny_world, tmp_path / "r", f"--model={model}"))
 
 
 @pytest.mark.parametrize("family", ["t5", "bloom"])

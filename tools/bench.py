@@ -263,7 +263,8 @@ def measure(args, train_args, steps: list, model_dir: str) -> dict:
 
     steps holds the pairs of each step; the first step warms up.
     """
-    device, config = distributed.start(train_args.timeout), AutoConfig.from_pretrained(model_dir)
+    device = distributed.start(train_args.timeout)
+    config = AutoConfig.from_pretrained(model_dir).get_text_config()
     plans = survey(steps[1:], train_args, dist.get_world_size())
     try:
         shards = distributed.sharing_ranks()
@@ -352,7 +353,7 @@ def compute(args, train_args, steps: list, model_dir: str) -> dict:
 
     Both are computed; nothing is run, and no weight is made. steps holds the pairs of each step.
     """
-    ranks, config = args.estimate, AutoConfig.from_pretrained(model_dir)
+    ranks, config = args.estimate, AutoConfig.from_pretrained(model_dir).get_text_config()
     plans, gpu = survey(steps, train_args, ranks), torch.device("cuda")
     parts = estimated_memory(train_args, config, plans, gpu, min(ranks, GPUS_PER_NODE))
     tokens = statistics.mean(map(tokens_in, steps))
