@@ -7,7 +7,8 @@
 A state is written under another name, synced to the disk and then renamed. It counts only with its
 manifest, which is written last and holds the size and SHA-256 of every file. Older states are
 removed only when the new one is complete. No file is a pickle except discriminators.pt, which is
-read with weights_only.
+read with weights_only. The weights that a run began with are known by a fingerprint, not by their
+path.
 
 Every function that takes a sharded model is collective: all ranks call it.
 """
@@ -19,6 +20,8 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -29,17 +32,27 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
-from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import (
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
+from transformers.utils.hub import get_checkpoint_shard_files
 
 import paired  # noqa: F401  it registers its critic, so that build_discriminator knows it
 from data import ChatEncoder, InputError, input_error_for
 from discriminator import build_discriminator
 from distributed import Trained, from_rank_0, print0
+from policy import model_error_for, weight_files
 from report import check_same, read_config
 
 MANIFEST = "manifest.json"
 FILE_BYTES = 2**32  # size of a state's files at which another begins; a file is held in memory
+EDGE_BYTES = 4096  # of each end of a tensor, which a fingerprint reads
 
 
 # ---------------------------------------------------------------------- the folder of a run
@@ -49,7 +62,8 @@ def check_out_dir(args) -> Path:
     """Returns --out_dir, or the next free out/run-NNN, without creating it.
 
     Raises InputError if the folder holds a run and --resume was not given, or the reverse, or if
-    nothing can be written there.
+    nothing can be written there. A run that ended before its first result, because its weights were
+    refused, does not count.
     """
     folder = Path(args.out_dir or "out")
     if not args.out_dir:
@@ -57,7 +71,10 @@ def check_out_dir(args) -> Path:
         folder = folder / f"run-{max(used, default=-1) + 1:03d}"
     if args.resume and read_config(folder) is None:
         raise InputError(f"{folder}: no run to resume")
-    taken = any((folder / f).exists() for f in ("config.json", "metrics.csv", "state"))
+    taken = any((folder / f).exists() for f in ("metrics.csv", "state"))
+    if (folder / "config.json").exists():
+        results = (f.stat().st_size for f in folder.rglob("*.jsonl"))  # of a game, apo.train_apo
+        taken = taken or read_config(folder) is None or any(results)
     if taken and not args.resume:
         raise InputError(f"{folder} holds a run: pass --resume, or another --out_dir")
     check_writable(folder, "--out_dir")
@@ -94,11 +111,12 @@ def claim_out_dir(args, stack: ExitStack) -> Path:
 def claim_with_config(args, stack: ExitStack, fingerprint: str, **more) -> Path:
     """Claims --out_dir, writes its config.json and returns the folder.
 
-    config.json holds args, the data's fingerprint and `more`. With --resume, raises InputError if
-    these settings differ from those of the run.
+    config.json holds args, `more`, and the fingerprints of data and --model. With --resume, raises
+    InputError if these differ from those of the run.
     """
     folder = claim_out_dir(args, stack)
-    config = json.loads(json.dumps(vars(args) | more | {"data_fingerprint": fingerprint}))
+    more |= {"data_fingerprint": fingerprint} | model_fingerprints(model=args.model)
+    config = json.loads(json.dumps(vars(args) | more))
     if args.resume:
         check_same(read_config(folder), config)
     text = json.dumps(config, indent=1) + "\n"
@@ -139,6 +157,90 @@ def check_space(out_dir: Path, needed: int):
             raise InputError(f"need {needed / 1e9:.3g} GB, have {free / 1e9:.3g} GB")
 
     from_rank_0(check, f"{out_dir}: disk space:")
+
+
+# ---------------------------------------------------------------------- whose weights they are
+
+
+def model_fingerprints(**models: str | None) -> dict[str, str | None]:
+    """Returns what a run's config.json keeps of the models that it begins with; all ranks call it.
+
+    models are folders or Hub ids by the name of their flag; None is a model that is not used. The
+    result has two hashes for each, NAME_weights and NAME_config. Raises InputError, which names the
+    flag, if a file cannot be read.
+    """
+
+    def read():
+        found = {}
+        for flag, name in models.items():
+            of_model = None, None
+            if name is not None:
+                with model_error_for(f"--{flag} {name}"):
+                    of_model = weights_fingerprint(name), config_fingerprint(name)
+            found |= zip((f"{flag}_weights", f"{flag}_config"), of_model, strict=True)
+        return found
+
+    return from_rank_0(read, "")
+
+
+def config_fingerprint(name: str) -> str:
+    """Returns a hash of a model's config.json without what others than its author write there."""
+    config = PretrainedConfig.get_config_dict(name)[0]
+    for key in ("_commit_hash", "_name_or_path", "transformers_version"):
+        config.pop(key, None)
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def weights_fingerprint(name: str | Path) -> str:
+    """Returns a hash of the weights of a model's folder or Hub id, wherever they lie.
+
+    It depends on each tensor's name, type, shape, and first and last 4 KiB. So it takes a moment
+    for files of any size, and with safetensors it does not depend on their division into files.
+    """
+    tensors = []
+    for path in weight_files(local_folder(name)):
+        with path.open("rb") as file:
+            for tensor, start, end in tensors_of(path):
+                edges = []
+                for first in (start, max(start, end - EDGE_BYTES)):
+                    file.seek(first)
+                    edges.append(file.read(min(EDGE_BYTES, end - first)).hex())
+                tensors.append([tensor, edges])
+    return hashlib.sha256(json.dumps(sorted(tensors)).encode()).hexdigest()[:16]
+
+
+def tensors_of(path: Path) -> Iterator[tuple[list, int, int]]:
+    """Yields what a file of weights says of each tensor, and the bytes where it begins and ends."""
+    if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            begin = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(begin - 8))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, end = entry["data_offsets"]
+                yield [name, entry["dtype"], entry["shape"]], begin + start, begin + end
+    elif zipfile.is_zipfile(path):  # torch.save's, where a record is a tensor, or says which
+        with zipfile.ZipFile(path) as archive:
+            records = sorted(archive.infolist(), key=lambda record: record.header_offset)
+        ends = [record.header_offset for record in records[1:]] + [path.stat().st_size]
+        for record, end in zip(records, ends, strict=True):
+            name = record.filename.split("/", 1)[-1]  # without the name that the file once had
+            yield [path.name, name, record.file_size, record.CRC], record.header_offset, end
+    else:  # before torch 1.6 all tensors were one pickle
+        yield [path.name, sha256(path)], 0, 0
+
+
+def local_folder(name: str | Path) -> Path:
+    """Returns a model's folder; a Hub id's weights are fetched, if they are not in the cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        if path is not None:
+            if path.endswith(".json"):
+                get_checkpoint_shard_files(name, path)
+            return Path(path).parent
+    return Path(name)
 
 
 # ---------------------------------------------------------------------- states

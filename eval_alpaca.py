@@ -28,7 +28,6 @@ import json
 import os
 import platform
 import re
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -60,6 +59,7 @@ from flags import (
     DTYPES,
     Parser,
     at_least_0,
+    command_line,
     count,
     fraction,
     given_flags,
@@ -283,7 +283,7 @@ class Writer:
         it. Raises InputError if its settings differ.
         """
         rows = []
-        if path.exists():
+        if path.exists() and path.stat().st_size:
             check_same_settings(path, settings)
             for line in path.read_text().splitlines():
                 try:
@@ -315,7 +315,7 @@ def answers_file(out: Path, name: str, temperature: float) -> Path:
 def check_same_settings(path: Path, settings: dict):
     """Raises InputError if the answers in path were made with other values of these settings."""
     meta = path.with_suffix(".meta.json")
-    if path.exists():
+    if path.exists() and path.stat().st_size:  # without an answer there is nothing to mix
         with input_error_for(f"{meta}: how {path.name} was made cannot be read"):
             old = dict(json.loads(meta.read_text()))
         changed = [k for k in settings if k != "versions" and old.get(k) != settings[k]]
@@ -754,8 +754,9 @@ def world_of(model: str) -> int:
 def main(argv: list[str] | None = None):
     """Runs the program with a command line, by default that of the process."""
     quiet()
+    program, argv = command_line(argv, "eval_alpaca.py")
     try:
-        args = parse_args(sys.argv[1:] if argv is None else argv)
+        args = parse_args(argv)
         miniature = is_miniature(args.prompts, args.seed)
         with distributed.session(args.timeout, miniature) as device:
             if args.judge == "annotations":
@@ -767,7 +768,7 @@ def main(argv: list[str] | None = None):
             distributed.from_rank_0(lambda: write_results(out, results, scores), "--out")
             print0(f"{table(results)}\nwrote {out}")
     except (InputError, FloatingPointError, OSError) as error:
-        refuse("eval_alpaca.py", error)
+        refuse(program, error)
 
 
 if __name__ == "__main__":

@@ -65,9 +65,24 @@ def given_flags(argv: list[str]) -> set[str]:
     return {word[2:].split("=")[0] for word in argv if word.startswith("--")}
 
 
-def refuse(program: str, error: Exception):
-    """Ends the program with exit status 1; rank 0 prints one line. All ranks find such errors."""
+def command_line(argv: list[str] | None, *program: str) -> tuple[list[str], list[str]]:
+    """Returns how this program was started (a file, or -m and a module) and its arguments.
+
+    If argv is None, both are those of the process, so a file that calls main() of another one gets
+    its own name. Otherwise they are `program` and argv.
+    """
+    if argv is not None:
+        return [*program], argv
+    module = sys.modules["__main__"].__spec__
+    return ["-m", module.name] if module else sys.argv[:1], sys.argv[1:]
+
+
+def refuse(program: list[str], error: Exception):
+    """Ends the program with exit status 1; rank 0 prints one line, which begins with its name.
+
+    program is that of command_line. All ranks find such errors.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
     prints = os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
-    sys.exit(f"{program}: {error}" if prints else 1)
+    sys.exit(f"{Path(program[-1]).name}: {error}" if prints else 1)

@@ -14,7 +14,6 @@ models, or two temperatures, meet the same randomness, which makes their compari
 import cpu  # noqa: F401  must come before torch
 
 import hashlib
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -31,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 import distributed
 from data import ChatEncoder, InputError, input_error_for, user_chat
-from flags import Parser, at_least_0, count, natural, refuse
+from flags import Parser, at_least_0, command_line, count, natural, refuse
 from policy import (
     check_token_ids,
     load_weights,
@@ -215,8 +214,9 @@ def parse_args(argv: list[str]):
 def main(argv: list[str] | None = None):
     """Runs the program with a command line, by default that of the process."""
     quiet()
+    program, argv = command_line(argv, "generate.py")
     try:
-        args = parse_args(sys.argv[1:] if argv is None else argv)
+        args = parse_args(argv)
         read_any_config(args.model)
         encoder = ChatEncoder(read_tokenizer(args.model, args.chat_template))
         settings = {k: getattr(args, k) for k in ("temperature", "max_new_tokens", "seed")}
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None):
                 lm = load_weights(AutoModelForCausalLM, args.model, dtype="auto").to(device)
             answers = generate(lm, encoder, [user_chat(p) for p in args.prompts], **settings)
     except (InputError, OSError) as error:
-        refuse("generate.py", error)
+        refuse(program, error)
     for prompt, answer in zip(args.prompts, answers, strict=True):
         print(f"{prompt}\n    {answer.text}")
 

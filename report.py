@@ -288,13 +288,23 @@ def print_header(
 
 # ---------------------------------------------------------------------- config.json
 
-# These may differ when a run is resumed, because its result stays the same.
+# These may differ when a run is resumed, because its result stays the same. What a path leads to is
+# known by a fingerprint.
 MAY_CHANGE_ON_RESUME = (
-    "preset dataset dataset_config split strip_thinking chat_template eval_split eval_every"
-    " micro_batch_size micro_tokens attention checkpointing save_every keep timeout stop_after"
-    " epochs max_steps out_dir resume versions device ranks held_out_fingerprint pairs dropped"
-    " notes steps_per_epoch"
+    "preset model ref_model dataset dataset_config split strip_thinking chat_template eval_split"
+    " golden human held_out exam eval_every micro_batch_size micro_tokens attention checkpointing"
+    " save_every keep timeout stop_after epochs max_steps out_dir resume versions device ranks"
+    " held_out_fingerprint pairs dropped notes steps_per_epoch"
 ).split()
+# What has changed if a fingerprint has.
+FINGERPRINTS = {
+    "model_weights": "--model {model} holds other weights than the run began with",
+    "model_config": "--model {model} has another config.json than the run began with",
+    "ref_model_weights": "--ref_model {ref_model} holds other weights than the run began with",
+    "ref_model_config": "--ref_model {ref_model} has another config.json than the run began with",
+    "data_fingerprint": "the data are not those that the run began with (other rows, another"
+    " tokenizer or another chat template)",
+}
 
 
 def config_of(
@@ -342,14 +352,20 @@ def template_day(args) -> str | None:
 
 
 def check_same(old: dict, new: dict):
-    """Raises InputError that names every setting by which a resumed run would not continue the old
+    """Raises InputError that names everything by which a resumed run would not continue the old
     one."""
-    names = sorted({*old, *new} - {*MAY_CHANGE_ON_RESUME})
-    changed = [k for k in names if old.get(k) != new.get(k)]
-    if changed:
-        why = {"total_steps": " (on which the learning rate of every step depends)"}
-        was = [f"{k} was {old.get(k)}, is now {new.get(k)}{why.get(k, '')}" for k in changed]
-        raise InputError(f"--resume: {'; '.join(was)}")
+    differences = []
+    for k in sorted({*old, *new} - {*MAY_CHANGE_ON_RESUME}):
+        if old.get(k) != new.get(k):
+            values = f"was {old.get(k)}, is now {new.get(k)}"
+            text = f"{k} {values}"
+            if k in FINGERPRINTS:
+                text = f"{FINGERPRINTS[k].format(**new)}: the fingerprint {values}"
+            elif k == "total_steps":
+                text += " (on which the learning rate of every step depends)"
+            differences.append(text)
+    if differences:
+        raise InputError(f"--resume: {'; '.join(differences)}")
 
 
 # ---------------------------------------------------------------------- the miniature's final table

@@ -14,7 +14,6 @@ train_ganpo.py: b pairs of a micro-batch, B pairs of a step or data set, N texts
 import cpu  # noqa: F401  must come before torch
 
 import copy
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -48,6 +47,7 @@ from distributed import print0
 from flags import (
     DTYPES,
     Parser,
+    command_line,
     count,
     fraction,
     natural,
@@ -392,14 +392,15 @@ def train(args, device: torch.device, stack: ExitStack):
 def main(argv: list[str] | None = None):
     """Runs the program with a command line, by default that of the process."""
     quiet()
+    program, argv = command_line(argv, "reward_model.py")
     try:
-        args = parse_args(sys.argv[1:] if argv is None else argv)
+        args = parse_args(argv)
         miniature = is_miniature(args.model, args.seed)
         with ExitStack() as stack:
             device = stack.enter_context(distributed.session(args.timeout, miniature))
             train(args, device, stack)
     except (InputError, FloatingPointError, OSError) as error:
-        refuse("reward_model.py", error)
+        refuse(program, error)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import cpu  # noqa: F401  must come before torch
 
 import math
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -47,6 +46,7 @@ from checkpoint import (
     claim_out_dir,
     export_policy,
     load_state,
+    model_fingerprints,
     newest_state,
     open_run,
     room_needed,
@@ -62,7 +62,7 @@ from discriminator import (
     trains_critics,
 )
 from distributed import all_ranks, print0
-from flags import DTYPES, refuse
+from flags import DTYPES, command_line, refuse
 from generate import quiet
 from losses import (
     LN2,
@@ -536,11 +536,13 @@ def final_table(run, out_dir: Path):
     print0(report.final_lines(rows))
 
 
-def train(args, argv: list[str], stack: ExitStack, device: torch.device) -> bool:
+def train(
+    args, argv: list[str], stack: ExitStack, device: torch.device, program=("train_ganpo.py",)
+) -> bool:
     """Trains, evaluates, saves and exports; returns whether a signal has asked for an end.
 
-    The stack holds the lock of --out_dir and the signal handlers. Raises InputError or
-    FloatingPointError with one line for the user.
+    argv and program are those of flags.command_line. The stack holds the lock of --out_dir and the
+    signal handlers. Raises InputError or FloatingPointError with one line for the user.
     """
     build_miniature(args, partial(check_input, device=device))
     tokenizer, config, data, held_out = check_input(args, device)
@@ -548,7 +550,9 @@ def train(args, argv: list[str], stack: ExitStack, device: torch.device) -> bool
     out_dir = claim_out_dir(args, stack)
     args.out_dir = str(out_dir)
     max_steps = args.max_steps or data.steps(args.batch_size) * args.epochs
+    reference = args.ref_model if needs_reference(args) else None
     run_config = report.config_of(args, device, data, held_out, max_steps)
+    run_config |= model_fingerprints(model=args.model, ref_model=reference)
     if args.resume:
         report.check_same(report.read_config(out_dir), run_config)
     run = build(args, config, device)
@@ -595,7 +599,8 @@ def train(args, argv: list[str], stack: ExitStack, device: torch.device) -> bool
             eval_csv.sync()
             save_state(out_dir, done, args.keep, run.trained)
         if stopping and done < last:
-            print0(f"stopped after step {done}; resume with: {resume_command(argv, out_dir)}")
+            again = resume_command(program, argv, out_dir)
+            print0(f"stopped after step {done}; resume with: {again}")
             return True
     print0(f"trained {last - start} steps in {time.perf_counter() - clock:.0f} s")
     if run.critics:
@@ -608,26 +613,26 @@ def train(args, argv: list[str], stack: ExitStack, device: torch.device) -> bool
     return run.signals.anywhere(device)
 
 
-def resume_command(argv: list[str], out_dir: Path) -> str:
+def resume_command(program: Iterable[str], argv: list[str], out_dir: Path) -> str:
     """Returns the program and its arguments that continue this run."""
     rest = [word for word in argv if word != "--resume"]
     if not any(word.startswith("--out_dir") for word in rest):
         rest += ["--out_dir", str(out_dir)]
-    return shlex.join(["train_ganpo.py", *rest, "--resume"])
+    return shlex.join([*program, *rest, "--resume"])
 
 
 def main(argv: list[str] | None = None):
     """Runs the program with a command line, by default that of the process."""
     quiet()
-    argv = sys.argv[1:] if argv is None else argv
+    program, argv = command_line(argv, "train_ganpo.py")
     try:
         args = parse_args(argv)
         miniature = is_miniature(args.model, args.seed)
         with ExitStack() as stack:
             device = stack.enter_context(distributed.session(args.timeout, miniature))
-            train(args, argv, stack, device)
+            train(args, argv, stack, device, program)
     except (InputError, FloatingPointError, OSError) as error:
-        refuse("train_ganpo.py", error)
+        refuse(program, error)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ import hashlib
 import json
 import shlex
 import shutil
-import sys
 import time
 from argparse import Namespace
 from collections import Counter
@@ -64,6 +63,7 @@ from flags import (
     DTYPES,
     Parser,
     at_least_0,
+    command_line,
     count,
     fraction,
     given_flags,
@@ -208,7 +208,7 @@ class Game:
         with input_error_for("--exam"):
             tasks = read_tasks(args.exam) if args.exam else []
         self.exam = [Prompt(task.prompt, "exam", task._asdict()) for task in tasks]
-        exam = [p.instruction for p in self.exam]
+        exam = [p.record for p in self.exam]
         seen = [human.fingerprint, held_out.fingerprint, golden, exam, self.tokenizer.chat_template]
         self.fingerprint = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
 
@@ -373,8 +373,11 @@ def check_input(args, device: torch.device) -> Game:
     return Game(args, device)
 
 
-def play_all(args, argv: list[str], device: torch.device, stack: ExitStack):
-    """Plays all rounds of all variants and writes rounds.csv; the stack holds --out_dir's lock."""
+def play_all(args, argv: list[str], device: torch.device, stack: ExitStack, program: list[str]):
+    """Plays all rounds of all variants and writes rounds.csv; the stack holds --out_dir's lock.
+
+    argv and program are those of flags.command_line.
+    """
     begin = time.perf_counter()
     build_miniature(args, partial(check_input, device=device))
     game = check_input(args, device)
@@ -397,8 +400,8 @@ def play_all(args, argv: list[str], device: torch.device, stack: ExitStack):
             try:
                 row = once(folder / "round.json", partial(printing_to, folder / "log", play))
             except Stopped:
-                words = shlex.join(word for word in argv if word != "--resume")
-                return print0(f"stopped; resume with: python -m apo.train_apo --resume {words}")
+                words = shlex.join([*program, "--resume", *(w for w in argv if w != "--resume")])
+                return print0(f"stopped; resume with: python {words}")
             table.append(row)
             print0(line(row))
             for state in ("policy/state", "reward/state"):  # of no use after the round
@@ -523,15 +526,15 @@ def parse_args(argv: list[str]):
 def main(argv: list[str] | None = None):
     """Runs the program with a command line, by default that of the process."""
     quiet()
+    program, argv = command_line(argv, "-m", "apo.train_apo")
     try:
-        argv = sys.argv[1:] if argv is None else argv
         args = parse_args(argv)
         miniature = is_miniature(args.model, args.seed)
         with ExitStack() as stack:
             device = stack.enter_context(distributed.session(args.timeout, miniature))
-            play_all(args, argv, device, stack)
+            play_all(args, argv, device, stack, program)
     except (InputError, FloatingPointError, OSError) as error:
-        refuse("apo.train_apo", error)
+        refuse(program, error)
 
 
 if __name__ == "__main__":

@@ -12,30 +12,38 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 if __name__ == "__main__":  # pytest has these folders on its path
     sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 0)]
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import checkpoint
 import distributed
+import reward_model
 import train_ganpo
 from data import load_pairs
+from flags import command_line
 from helpers import (
     close,
     flags,
     furthest,
     join,
+    json_of,
     make_model,
     make_rows,
     rows_of,
@@ -135,11 +143,14 @@ def six_steps(tiny_world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(tiny_world, tmp_path_factory):
-    """A run of 6 steps, stopped after 2; other data and models beside it."""
+    """A run of 6 steps, stopped after 2; beside it its model again, other data, other models."""
     out = tmp_path_factory.mktemp("stopped") / "r"
     run(tiny_world, out, "--epochs=2", "--stop_after=2")
     make_rows(out.parent / "other.jsonl", 28, seed=7)
     make_model(out.parent / "other", seed=7)
+    for name in ("same", "rope"):
+        shutil.copytree(tiny_world / "llama", out.parent / name)
+    write_config(out.parent / "rope", rope_parameters={"rope_theta": 7.0, "rope_type": "default"})
     return out
 
 
@@ -158,23 +169,220 @@ CHANGED = [
     ("grad_clip", "1.0", ["--grad_clip=2"]),
     ("total_steps", "6", ["--epochs=3"]),
     ("dtype", "float32", ["--dtype=bfloat16"]),
-    ("data_fingerprint", "", ["--dataset=DIR/other.jsonl"]),
-    ("model", "", ["--model=DIR/other", "--ref_model=LLAMA"]),
-]
+    (
+        r"the data are not those that the run began with \(.*tokenizer.*\): the fingerprint",
+        r"\w{16}", ["--dataset=DIR/other.jsonl"],
+    ),
+    *(
+        (
+            rf"DIR/{folder} {other} than the run began with: the fingerprint",
+            r"\w{16}", [f"--model=DIR/{model}", f"--ref_model=DIR/{ref}"],
+        )
+        for folder, other, model, ref in (
+            ("other", "holds other weights", "other", "same"),
+            ("other", "holds other weights", "same", "other"),
+            ("other", "holds other weights", "other", "other"),
+            ("rope", "has another config.json", "rope", "same"),
+            ("rope", "has another config.json", "same", "rope"),
+        )
+    ),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name, old, change", CHANGED, ids=lambda x: str(x))
+@pytest.mark.parametrize("name, old, change", CHANGED, ids=lambda x: str(x)[:60])
 def test_settings_that_change_the_result_are_refused_by_name(
     name, old, change, stopped, tiny_world, monkeypatch
 ):
-    change = [word.replace("DIR", str(stopped.parent)) for word in change]
-    change = [word.replace("LLAMA", str(tiny_world / "llama")) for word in change]
+    name, *change = (word.replace("DIR", str(stopped.parent)) for word in (name, *change))
     argv = flags(tiny_world, stopped, "--resume", "--epochs=2", *change)
     before = {f: f.stat().st_mtime_ns for f in stopped.rglob("*") if f.name != ".lock"}
     monkeypatch.setattr(train_ganpo, "build", None)  # before a weight is read
     with pytest.raises(SystemExit, match=rf"--resume: {name} was {old}[^;]*, is now [^;]*$"):
         train_ganpo.main(argv)
     assert before == {f: f.stat().st_mtime_ns for f in stopped.rglob("*") if f.name != ".lock"}
+
+
+def test_a_model_and_data_that_have_moved_continue_bit_for_bit(
+    six_steps, stopped, tiny_world, tmp_path
+):
+    """Also in other files, and with a config.json that another version has written."""
+    shutil.copytree(stopped, tmp_path / "r")
+    for name in ("moved", "in_files"):
+        shutil.copytree(tiny_world / "llama", tmp_path / name)
+    shutil.copy(tiny_world / "train.jsonl", tmp_path / "moved.jsonl")
+    (tmp_path / "in_files" / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(tiny_world / "llama").save_pretrained(
+        tmp_path / "in_files", max_shard_size="20KB"
+    )
+    assert len(list((tmp_path / "in_files").glob("*.safetensors"))) > 2
+    write_config(tmp_path / "in_files", transformers_version="9.0.0", _name_or_path="elsewhere")
+    places = {"model": "moved", "ref_model": "in_files", "dataset": "moved.jsonl"}
+    more = [f"--{flag}={tmp_path / name}" for flag, name in places.items()]
+    rows, again = run(tiny_world, tmp_path / "r", "--epochs=2", "--resume", *more)
+    assert furthest(six_steps[1], again) == 0
+    for a, b in zip(six_steps[0], rows, strict=True):
+        close(a, b, 0)
+
+
+def test_a_reference_that_is_not_used_may_be_any(stopped, tiny_world, tmp_path):
+    more = ("--loss=simpo", "--lambda_adv=0")
+    run(tiny_world, tmp_path / "r", *more, "--stop_after=1")
+    other = f"--ref_model={stopped.parent / 'other'}"
+    rows, _ = run(tiny_world, tmp_path / "r", *more, other, "--resume")
+    assert len(rows) == 3
+
+
+def test_a_reward_model_is_resumed_from_the_weights_that_it_began_with(
+    stopped, tiny_world, tmp_path
+):
+    argv = [f"--dataset={tiny_world / 'train.jsonl'}", f"--out_dir={tmp_path / 'r'}",
+            "--batch_size=8", "--max_length=64", "--save_every=1"]  # fmt: skip
+    reward_model.main([*argv, f"--model={tiny_world / 'llama'}"])
+    shutil.rmtree(tmp_path / "r" / "state" / "step-000003")
+    with pytest.raises(SystemExit, match="other holds other weights than the run began with"):
+        reward_model.main([*argv, f"--model={stopped.parent / 'other'}", "--resume"])
+    before = load_file(tmp_path / "r" / "hf" / "model.safetensors")
+    reward_model.main([*argv, f"--model={stopped.parent / 'same'}", "--resume"])
+    assert furthest(before, load_file(tmp_path / "r" / "hf" / "model.safetensors")) == 0
+
+
+# ---------------------------------------------------------------------- fingerprints of weights
+
+
+def write_config(folder, **changes):
+    """Changes a model's config.json, key by key."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def tensors(**changes):
+    """A few weights, one of them longer than what a fingerprint reads of it."""
+    g = torch.Generator().manual_seed(0)
+    return {"a": torch.randn(4, 6, generator=g), "b": torch.randn(4000, generator=g)} | changes
+
+
+def changed(name, i):
+    x = tensors()[name]
+    x.view(-1)[i] += 1e-6
+    return {name: x}
+
+
+WEIGHTS = {
+    "first value": tensors(**changed("b", 0)),
+    "last value": tensors(**changed("b", -1)),
+    "middle of a short one": tensors(**changed("a", 12)),
+    "shape": tensors(a=tensors()["a"].view(6, 4)),
+    "type": tensors(a=tensors()["a"].view(torch.int32)),
+    "name": {"c" if k == "a" else k: v for k, v in tensors().items()},
+    "one fewer": {"a": tensors()["a"]},
+    "one more": tensors(c=torch.zeros(1)),
+    "swapped": {"a": tensors()["b"], "b": tensors()["a"]},
+}
+SAVE = {
+    "model.safetensors": save_file,
+    "pytorch_model.bin": torch.save,
+    "old pytorch_model.bin": partial(torch.save, _use_new_zipfile_serialization=False),
+}
+
+
+@pytest.mark.parametrize("kind", SAVE)
+def test_a_fingerprint_is_that_of_the_weights_and_not_of_their_place(kind, tmp_path):
+    def fingerprint(name, weights):
+        folder = tmp_path / name
+        folder.mkdir()
+        SAVE[kind](weights, folder / kind.split()[-1])
+        return checkpoint.weights_fingerprint(folder)
+
+    same = fingerprint("a", tensors())
+    assert same == fingerprint("b", tensors())
+    others = {fingerprint(name, weights) for name, weights in WEIGHTS.items()}
+    assert same not in others and len(others) == len(WEIGHTS)
+    shutil.move(tmp_path / "a", tmp_path / "moved")
+    assert same == checkpoint.weights_fingerprint(tmp_path / "moved")
+
+
+def test_files_of_any_size_take_a_moment(tmp_path):
+    """Here 16 GB in a file that takes no room on the disk."""
+    size, n = 2**24, 1024
+    layer = {"dtype": "F32", "shape": [size // 4]}
+    header = {f"{i}": layer | {"data_offsets": [i * size, (i + 1) * size]} for i in range(n)}
+    text = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + n * size)
+    begin = time.monotonic()
+    before = checkpoint.weights_fingerprint(tmp_path)
+    assert time.monotonic() - begin < 1
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    assert checkpoint.weights_fingerprint(tmp_path) != before
+
+
+@pytest.mark.parametrize("files", [{}, {"max_shard_size": "20KB"}])
+def test_a_hub_id_is_known_by_its_cached_files(files, tiny_world, tmp_path, monkeypatch):
+    """So another commit with the same weights continues, and so does a folder that holds them."""
+    repo = tmp_path / "models--some--model"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("c0ffee")
+    shutil.copytree(tiny_world / "llama", repo / "snapshots" / "c0ffee")
+    if files:
+        (repo / "snapshots" / "c0ffee" / "model.safetensors").unlink()
+        model = AutoModelForCausalLM.from_pretrained(tiny_world / "llama")
+        model.save_pretrained(repo / "snapshots" / "c0ffee", **files)
+    for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE"):
+        monkeypatch.setattr(constants, name, str(tmp_path))
+    local = str(tiny_world / "llama")
+    for fingerprint in (checkpoint.weights_fingerprint, checkpoint.config_fingerprint):
+        assert fingerprint("some/model") == fingerprint(local)
+
+
+# ---------------------------------------------------------------------- refused weights
+
+
+@pytest.mark.parametrize("program", [train_ganpo, reward_model])
+def test_after_refused_weights_the_corrected_command_may_use_the_same_out_dir(
+    program, tiny_world, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(tiny_world / "llama", tmp_path / "partial")
+    weights = load_file(tmp_path / "partial" / "model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, tmp_path / "partial" / "model.safetensors", {"format": "pt"})
+    argv = [f"--dataset={tiny_world / 'train.jsonl'}", f"--out_dir={tmp_path / 'r'}",
+            "--batch_size=8", "--max_length=64"]  # fmt: skip
+    with pytest.raises(SystemExit, match="partial.*model.norm.weight"):
+        program.main([*argv, f"--model={tmp_path / 'partial'}"])
+    program.main([*argv, f"--model={tiny_world / 'llama'}"])
+    assert json_of(tmp_path / "r" / "config.json")["model"] == str(tiny_world / "llama")
+    with pytest.raises(SystemExit, match="r holds a run: pass --resume, or another --out_dir"):
+        program.main([*argv, f"--model={tiny_world / 'llama'}"])
+
+
+# ---------------------------------------------------------------------- the name of the program
+
+
+def test_a_file_that_calls_main_is_named_in_errors_and_in_the_line_to_resume(
+    tiny_world, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys, "argv", ["my forks/my_loss.py", "--lamda_adv=1"])
+    for program in (train_ganpo, reward_model):
+        with pytest.raises(SystemExit, match="^my_loss.py: unrecognized arguments: --lamda_adv=1"):
+            program.main()
+    monkeypatch.setattr(sys, "argv", [sys.argv[0], *flags(tiny_world, tmp_path / "r")])
+    monkeypatch.setattr(distributed.StopSignals, "anywhere", lambda *_: True)
+    train_ganpo.main()
+    *_, line = capsys.readouterr().out.splitlines()
+    words = shlex.join([*sys.argv, "--resume"])
+    assert line == f"stopped after step 1; resume with: {words}"
+    assert words.startswith("'my forks/my_loss.py' --model=")
+
+
+def test_a_module_is_named_as_it_was_started(monkeypatch):
+    assert command_line(["--a"], "b.py") == (["b.py"], ["--a"])
+    monkeypatch.setattr(sys, "argv", ["/somewhere/apo/train_apo.py", "--a"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name="apo.train_apo"))
+    assert command_line(None, "b.py") == (["-m", "apo.train_apo"], ["--a"])
 
 
 def test_settings_that_do_not_may_change(six_steps, stopped, tiny_world, tmp_path):

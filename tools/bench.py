@@ -52,7 +52,7 @@ import report
 import settings
 import train_ganpo
 from data import InputError, Triplet, json_lines
-from flags import DTYPES, Parser, count, natural, refuse
+from flags import DTYPES, Parser, command_line, count, natural, refuse
 from generate import quiet
 from packing import Survey, pack, survey, tokens_in
 from tools.estimate import NoEstimate, estimated_memory, run_without_data
@@ -450,7 +450,7 @@ def parse_args(argv: list[str]):
 def main(argv: list[str] | None = None):
     """Runs the program with a command line, by default that of the process."""
     quiet()
-    argv = sys.argv[1:] if argv is None else argv
+    program, argv = command_line(argv, "-m", "tools.bench")
     try:
         args, flags = parse_args(argv)
         if args.vs:
@@ -460,7 +460,7 @@ def main(argv: list[str] | None = None):
         with tempfile.TemporaryDirectory() as folder:
             done = run_here(args, flags, Path(folder))
     except (InputError, FloatingPointError, OSError) as error:
-        refuse("tools.bench", error)
+        refuse(program, error)
     if args.json and RANK == 0:
         print(json.dumps(done))
 
