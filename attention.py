@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, PretrainedConfig
 
-from attention_gpu import Flex, Varlen
+from attention_gpu import Flex, Varlen, fitting_options
 from data import InputError
 from packing import Packed
 
@@ -27,12 +27,12 @@ def choose(wanted: str, config: PretrainedConfig, device: torch.device, dtype: t
     """Returns loop, varlen or flex for --attention, here `wanted`, which may be auto.
 
     dtype is the precision of compute. Raises InputError if the wanted kind cannot run there or
-    would give wrong results for this model.
+    would give wrong results for this model. On a GPU flex's kernels are compiled here.
     """
     kernels = device.type == "cuda" and dtype == torch.bfloat16
     softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     if wanted == "auto":
-        return ("flex" if softcap else "varlen") if kernels else "loop"
+        wanted = ("flex" if softcap else "varlen") if kernels else "loop"
     if wanted != "loop" and not kernels:
         name = str(dtype).removeprefix("torch.")
         raise InputError(
@@ -40,6 +40,11 @@ def choose(wanted: str, config: PretrainedConfig, device: torch.device, dtype: t
         )
     if wanted == "varlen" and softcap:
         raise InputError("--attention varlen has no soft-capping, which this model needs: use flex")
+    if wanted == "flex" and torch.cuda.is_available():
+        heads = config.num_attention_heads
+        key_heads = getattr(config, "num_key_value_heads", None) or heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        fitting_options(heads, key_heads, size, softcap, device)
     return wanted
 
 
@@ -71,6 +76,8 @@ AttentionInterface.register(NAME, shared_prompt_attention)
 
 class Loop:
     """One answer after the other, by torch's scaled_dot_product_attention."""
+
+    padding = 0  # tokens that the model has to read after the row
 
     def __init__(self, batch: Packed):
         self.prompts = [segment[1] for segment in batch.segments]

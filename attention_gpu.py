@@ -2,14 +2,23 @@
 
 import functools
 import inspect
+import os
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data import InputError
 from packing import Packed, move
 
 BLOCK = 128  # tokens per side of a block of flex_attention's masks
+# Options of the kernels by the size of their own blocks in tokens, for a GPU with little shared
+# memory. First comes what torch chooses.
+KERNEL_BLOCKS = {None: {}} | {
+    n: dict.fromkeys(("fwd_BLOCK_M", "fwd_BLOCK_N"), n)
+    | dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), n)
+    for n in (64, 32, 16)
+}
 
 
 def tensor_on(x: np.ndarray, device: torch.device) -> Tensor:
@@ -26,6 +35,8 @@ class Varlen:
     repeated before those of each rejected answer. The kernel aligns its causal mask at the end of
     each sequence, which is right for the last n positions of a longer one.
     """
+
+    padding = 0  # tokens that the model has to read after the row
 
     def __init__(self, batch: Packed):
         queries, keys, index = [], [], []
@@ -68,32 +79,101 @@ class Flex:
 
     The mask follows from the keys that each query sees. They are two ranges of the row:
     [prompt_from, prompt_to) is the prompt of a rejected answer, [own_from, query] is the rest.
+    The row is padded to whole blocks, at least two. In a last block that is cut the backward kernel
+    reads values that are not there (pytorch#153799), and a single block would need a graph of its
+    own. The padding is one more prompt, which sees itself and which no other token sees.
     """
 
     def __init__(self, batch: Packed):
-        self.segments, self.device, self.masks = batch.segments, batch.ids.device, {}
+        T = len(batch.ids)
+        self.padding = max(2, -(-T // BLOCK)) * BLOCK - T
+        self.segments = (*batch.segments, (T, self.padding, 0, 0))
+        self.device, self.masks = batch.ids.device, {}
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling, window, softcap) -> Tensor:
-        """Returns (1, T, heads, E). window is the number of keys that a query sees, or None."""
+        """Returns (1, T, heads, E), T with padding. window is the number of keys that a query sees,
+        or None."""
         if window not in self.masks:
             self.masks[window] = block_mask(self.segments, window, self.device)
-        out = flex_kernel(query.is_cuda)(
+        heads, key_heads = query.shape[1], key.shape[1]
+        options = fitting_options(heads, key_heads, query.shape[3], softcap, self.device)
+        out = flex_kernel()(
             query, key, value, soft_capped(softcap) if softcap else None, self.masks[window],
-            scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
+            scale=scaling, enable_gqa=heads != key_heads, kernel_options=options,
         )  # fmt: skip
         return out.transpose(1, 2)
 
 
 @functools.cache
-def flex_kernel(cuda: bool):
-    """Returns flex_attention, compiled on a GPU.
+def flex_kernel():
+    """Returns flex_attention, compiled as one whole graph for all lengths of rows.
 
-    It is compiled as one whole graph: where that fails it raises, and never becomes a T x T product
-    in silence.
+    Where it cannot be compiled it raises: uncompiled it would be a T x T product, whose gradient
+    under checkpointing is wrong.
     """
     from torch.nn.attention.flex_attention import flex_attention  # slow to import, as above
 
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True) if cuda else flex_attention
+    # otherwise the soft cap would be an input of the graph, which the kernel cannot take
+    torch._dynamo.config.specialize_float = True
+
+    def kernel(*args, **options):
+        if not torch.compiler.is_dynamo_compiling():
+            raise InputError(
+                "--attention flex needs torch.compile, which is switched off here (for example by"
+                " TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE): switch it on, or pass"
+                " --attention loop"
+            )
+        return flex_attention(*args, **options)
+
+    return torch.compile(kernel, dynamic=True, fullgraph=True)
+
+
+@functools.cache
+def fitting_options(
+    heads: int, key_heads: int, size: int, softcap: float | None, device: torch.device
+) -> dict:
+    """Returns options of flex_attention with which its kernels fit the shared memory of a GPU.
+
+    size is that of a head. The kernels are compiled, forward and backward, and training uses them
+    afterwards. Where torch's own blocks do not fit, a printed line names the smaller ones. Raises
+    InputError if none fits.
+    """
+    options = {"FORCE_USE_FLEX_ATTENTION": True}  # torch's other kernel, for short rows, fails
+    if device.type != "cuda":
+        return options
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    for n, blocks in KERNEL_BLOCKS.items():
+        try:
+            compile_kernels(heads, key_heads, size, softcap, device, options | blocks)
+        except Exception as error:
+            if "out of resource" not in str(error):
+                raise
+            continue
+        if blocks and int(os.environ.get("RANK", 0)) == 0:
+            print(
+                f"flex attention: blocks of {n} tokens, because larger ones do not fit the"
+                f" {shared:,} bytes of shared memory of this GPU",
+                flush=True,
+            )
+        return options | blocks
+    raise InputError(
+        f"--attention flex needs more shared memory than the {shared:,} bytes of this GPU, with"
+        f" heads of size {size}: pass --attention loop, or use an A100, an H100 or a newer GPU"
+    )
+
+
+def compile_kernels(heads, key_heads, size, softcap, device, options: dict):
+    """Runs flex_attention forward and backward on a short row, with arguments as above."""
+    mask = block_mask(((0, 2 * BLOCK, 0, 0),), None, device)
+    shapes = [(1, 2 * BLOCK, n, size) for n in (heads, key_heads, key_heads)]
+    qkv = [torch.zeros(shape, device=device, dtype=torch.bfloat16) for shape in shapes]
+    qkv = [x.transpose(1, 2).requires_grad_() for x in qkv]
+    with torch.enable_grad():
+        out = flex_kernel()(
+            *qkv, soft_capped(softcap) if softcap else None, mask, scale=size**-0.5,
+            enable_gqa=heads != key_heads, kernel_options=options,
+        )  # fmt: skip
+        torch.autograd.grad(out, qkv, torch.zeros_like(out))
 
 
 @functools.cache
@@ -147,7 +227,8 @@ def block_mask(segments: tuple, window: int | None, device: torch.device):
     for blocks in (part, whole):
         count, indices = blocks.sum(1), np.argsort(~blocks, axis=1, kind="stable")
         order += [tensor_on(x.astype(np.int32), device)[None, None] for x in (count, indices)]
-    prompt_from, prompt_to, own_from = tensor_on(ranges.astype(np.int32), device)
+    # separate tensors: views of one would be another graph
+    prompt_from, prompt_to, own_from = (tensor_on(x, device) for x in ranges.astype(np.int32))
 
     def mask(batch, head, q, k):
         return (k >= prompt_from[q]) & (k < prompt_to[q]) | (k >= own_from[q]) & (k <= q)

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -61,6 +62,8 @@ def start(timeout: float, miniature: bool = False) -> torch.device:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        # It would build a graph for every shape, and there are open reports of wrong results.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     else:
         cpu.keep_freed_memory()
         if threads := cpu.chosen_threads(miniature):
@@ -202,13 +205,19 @@ def sharing_ranks() -> int:
     return world if local == 1 else local
 
 
-def make_mesh(device: torch.device) -> DeviceMesh:
-    """Returns the mesh over which weights are sharded and, with several nodes, replicated."""
+def make_mesh(device: torch.device, timeout: float) -> DeviceMesh:
+    """Returns the mesh over which weights are sharded and, with several nodes, replicated.
+
+    timeout is that of start(); the mesh's own groups would otherwise wait for torch's default.
+    """
     sharing, world = sharing_ranks(), dist.get_world_size()
     if sharing == world:
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
     shape = (world // sharing, sharing)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    for group in mesh.get_all_groups():
+        _set_pg_timeout(timedelta(seconds=timeout), group)
+    return mesh
 
 
 def shard(lm: torch.nn.Module, mesh: DeviceMesh, dtype: torch.dtype):
@@ -216,14 +225,18 @@ def shard(lm: torch.nn.Module, mesh: DeviceMesh, dtype: torch.dtype):
 
     Each layer is a group; the rest, with embedding and head (which may be tied), is in the root's
     group. With bfloat16 as the precision of compute the weights stay as they are, and gradients are
-    summed in float32.
+    summed in float32. In backward each group fetches the weights of the next one while it computes.
     """
     mixed = MixedPrecisionPolicy()
     if dtype == torch.bfloat16:  # what a layer is given stays as it is: OLMo's angles are float32
         mixed = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    for layer in lm.model.base_model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=mixed)
-    return fully_shard(lm, mesh=mesh, mp_policy=mixed)
+    layers = lm.model.base_model.layers
+    for module in (*layers, lm):
+        fully_shard(module, mesh=mesh, mp_policy=mixed)
+    # FSDP2 itself does so only in the first backward after several forwards
+    for module, following in zip([*layers[1:], lm], layers, strict=True):
+        module.set_modules_to_backward_prefetch([following])
+    return lm
 
 
 @torch.no_grad()

@@ -154,8 +154,10 @@ def pack(triplets: list[Triplet]) -> Packed:
     texts, responses = texts[0] + texts[1], responses[0] + responses[1]
     lengths = np.array([len(x) for x in responses])
     width = max(map(len, texts))
-    gather = np.stack([np.pad(s, (0, width - len(s))) for s in texts])  # padding reads position 0
     mask = np.arange(width) < np.array([len(s) for s in texts])[:, None]
+    # Padding reads all positions in turn: a GPU adds the gradients of one position one by one.
+    gather = (np.cumsum(~mask) - 1).reshape(mask.shape) % start
+    gather[mask] = np.concatenate(texts)
     labels = [t.chosen for t in triplets] + [t.rejected for t in triplets]
     long = lambda x: torch.from_numpy(np.asarray(x, dtype=np.int64))  # noqa: E731
     return Packed(

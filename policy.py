@@ -45,8 +45,9 @@ from data import InputError, find_template, hub_check, input_error_for, is_local
 from packing import Packed
 
 # The head works in chunks of rows, so that the logits stay in a CPU's cache and do not fill a GPU's
-# memory. A chunk has at least this many rows, and more where the vocabulary is small.
-TOKENS_PER_CHUNK, LOGITS_PER_CHUNK = 256, 2**22
+# memory: the least number of rows and of logits in a chunk. On a GPU that is 1 GiB in float32,
+# because the gradient of the head's weights is added once per chunk.
+CHUNK = {"cpu": (256, 2**22), "cuda": (1024, 2**28)}
 
 
 class LatentsAndLogProbs(NamedTuple):
@@ -81,8 +82,12 @@ class PackedLM(nn.Module):
         trunk = self.model.base_model
         ids, position_ids = batch.ids[None], batch.position_ids[None]
         layout = attention.layout(self.attention_kind, batch)
+        if layout.padding:
+            ids, position_ids = (F.pad(x, (0, layout.padding)) for x in (ids, position_ids))
         out = trunk(ids, position_ids=position_ids, use_cache=False, layout=layout)
         h = out.last_hidden_state
+        if layout.padding:
+            h = F.pad(h, (0, 0, 0, -layout.padding))  # a copy, because FSDP2 wants no view here
         if not head:
             return LatentsAndLogProbs(h, None)
         h_head = h[0]  # a view of its own, whose gradient comes from the head alone
@@ -99,22 +104,28 @@ class PackedLM(nn.Module):
         head = self.model.get_output_embeddings()
         softcap = getattr(self.model.config, "final_logit_softcapping", None)
         scale = getattr(self.model.config, "logits_scaling", 1.0)
-        chunk = rows_per_chunk(head.weight.shape[0])
+        chunk = rows_per_chunk(head.weight.shape[0], h.device)
+        fuse = h.is_cuda and h.dtype == torch.bfloat16
+        scores = fused_log_probs() if fuse else token_log_probs
         recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         logp = torch.cat(
             [
-                recompute(token_log_probs, h[rows], head.weight, head.bias, labels, softcap, scale)
+                recompute(scores, h[rows], head.weight, head.bias, labels, softcap, scale)
                 for rows, labels in zip(
                     batch.predict.split(chunk), batch.labels.split(chunk), strict=True
                 )
             ]
         )
-        return logp.new_zeros(len(batch.lengths)).index_add(0, batch.owner, logp)
+        # A GPU adds in any order. In float64 that is not seen, so policy and reference stay equal.
+        wide = torch.float64 if logp.is_cuda else logp.dtype
+        sums = logp.new_zeros(len(batch.lengths), dtype=wide)
+        return sums.index_add(0, batch.owner, logp.to(wide)).to(logp.dtype)
 
 
-def rows_per_chunk(vocabulary: int) -> int:
-    """Returns the number of response tokens whose logits are computed at once."""
-    return max(TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // vocabulary)
+def rows_per_chunk(vocabulary: int, device: torch.device) -> int:
+    """Returns the number of response tokens whose logits are computed at once on a device."""
+    rows, logits = CHUNK["cuda" if device.type == "cuda" else "cpu"]
+    return max(rows, logits // vocabulary)
 
 
 def token_log_probs(
@@ -134,6 +145,13 @@ def token_log_probs(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return -F.cross_entropy(logits, labels, reduction="none")
+
+
+@functools.cache
+def fused_log_probs():
+    """Returns token_log_probs, compiled: the logits stay in bfloat16 in a GPU's memory, and are
+    read and written a few times in place of some thirty."""
+    return torch.compile(token_log_probs, dynamic=True)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

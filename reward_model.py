@@ -362,7 +362,7 @@ def learn(
         attention.choose("auto", config, device, dtype), wrapper=RewardLM,
     )  # fmt: skip
     torch.manual_seed(args.seed)  # the new head is drawn at random
-    mesh = distributed.make_mesh(device)
+    mesh = distributed.make_mesh(device, args.timeout)
     lm = distributed.load_sharded(loader, mesh, device, dtype, f"--model {args.model}:")
     tokenizer = copy.deepcopy(tokenizer)  # its padding is the reward model's alone
     lm.model.config.pad_token_id = tokenizer.pad_token_id = padding_token(encoder, config)

@@ -382,7 +382,7 @@ def build(args, config: PretrainedConfig, device: torch.device) -> SimpleNamespa
     run.rank, run.world = dist.get_rank(), dist.get_world_size()
     run.opo_loss = with_settings(args.loss, vars(args))
     run.of_rewards = OPO_LOSSES[args.loss].needs_ref, args.beta
-    mesh = distributed.make_mesh(device)
+    mesh = distributed.make_mesh(device, args.timeout)
     master = torch.promote_types(dtype, torch.float32)  # bf16 would round updates of 5e-7 away
 
     def load(name, *settings):

@@ -91,17 +91,6 @@ def test_the_loop_is_softmax_under_the_mask_token_by_token(softcap):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", SHAPES)
-def test_flex_attention_with_block_masks_equals_the_loop(family, tmp_path):
-    name, batch = make_model(tmp_path, family), pack(triplets_for(LENGTHS))
-    with torch.no_grad():
-        loop, flex = (
-            load_lm(name, torch.float32, attention_kind=kind)(batch) for kind in ("loop", "flex")
-        )
-    torch.testing.assert_close(flex.h, loop.h, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(flex.logp, loop.logp, rtol=1e-4, atol=1e-3)
-
-
 def naive_varlen(q, k, v, ends_q, ends_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
     """torch.nn.attention.varlen's documented meaning: sequence i's queries (T_q, heads, D) are its
     last positions, window_size counts keys to the left (all for -1) and to the right."""

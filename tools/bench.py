@@ -84,7 +84,10 @@ SHAPES = {  # of --shape: a transformers config, and lengths
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # FLOP/s of a dense product in bfloat16
 ROUNDS = 3  # of each program under --vs
 RANK = int(os.environ.get("RANK", 0))
-ASSUMED_SHARE, GPUS_PER_NODE = 0.36, 8  # for --estimate; the share is that of the GPU's peak
+GPUS_PER_NODE = 8  # for --estimate
+# Of the GPU's peak, for --estimate. The memory's speed limits it: transformers computes norms,
+# activations and residuals one operation after the other, and Gemma-2 has more of them.
+ASSUMED_SHARES = {"gemma2": 0.25, "other": 0.36}
 
 
 # ---------------------------------------------------------------------- the workload
@@ -274,12 +277,17 @@ def measure(args, train_args, steps: list, model_dir: str) -> dict:
         estimated = None
     run = train_ganpo.build(train_args, config, device)
     run.max_steps = args.steps + 2
-    result = {"estimated_gb": estimated} | timed_steps(run, steps)
+
+    def flops(recomputed):
+        of_token = model_flops(train_args, config, plans, device, recomputed)
+        return of_token * tokens_in(steps[-1]) / run.world
+
+    # torch's counter cannot look into flex_attention
+    executed = flops(True) if run.policy.attention_kind == "flex" else None
+    result = {"estimated_gb": estimated} | timed_steps(run, steps, executed)
     if device.type == "cuda":
-        name = torch.cuda.get_device_name()
-        flops = model_flops(train_args, config, plans, device, False)
-        flops *= tokens_in(steps[-1]) / run.world
-        shares = [flops / result["last_step_s"] / peak for k, peak in PEAKS.items() if k in name]
+        name, needed = torch.cuda.get_device_name(), flops(False)
+        shares = [needed / result["last_step_s"] / peak for k, peak in PEAKS.items() if k in name]
         result["mfu"] = shares[0] if shares else None
     if RANK == 0:
         show(result)
@@ -287,8 +295,11 @@ def measure(args, train_args, steps: list, model_dir: str) -> dict:
     return result
 
 
-def timed_steps(run, steps: list) -> dict:
-    """Takes all steps, then the last one twice more; returns rates, peak and seconds by phase."""
+def timed_steps(run, steps: list, flops: float | None = None) -> dict:
+    """Takes all steps, then the last one again; returns rates, peak and seconds by phase.
+
+    flops are the operations of the last step; None counts them in a further step.
+    """
     device, dtype, timed = run.device, DTYPES[run.args.dtype], len(steps) - 1
 
     def batches(step, clock=None):
@@ -311,9 +322,10 @@ def timed_steps(run, steps: list) -> dict:
     with clock.timing_phases(run):
         train_ganpo.train_step(run, batches(timed, clock), timed + 1)
     clock.switch()
-    with counting() as counter:
-        train_ganpo.train_step(run, batches(timed), timed + 1)
-    flops = counter.get_total_flops()
+    if flops is None:
+        with counting() as counter:
+            train_ganpo.train_step(run, batches(timed), timed + 1)
+        flops = counter.get_total_flops()
     return {
         "tokens_per_s": tokens / sum(seconds),
         "step_s": statistics.mean(seconds),
@@ -358,13 +370,14 @@ def compute(args, train_args, steps: list, model_dir: str) -> dict:
     parts = estimated_memory(train_args, config, plans, gpu, min(ranks, GPUS_PER_NODE))
     tokens = statistics.mean(map(tokens_in, steps))
     flops = model_flops(train_args, config, plans, gpu, True) * tokens
-    seconds = flops / ranks / (ASSUMED_SHARE * PEAKS["H200"])
+    share = ASSUMED_SHARES.get(config.model_type, ASSUMED_SHARES["other"])
+    seconds = flops / ranks / (share * PEAKS["H200"])
     if RANK == 0:
         print(f"estimated memory per rank: {total_gb(parts):.2f} GiB")
         for part, n in parts.items():
             print(f"    {part:<28}{n / 2**30:8.2f} GiB")
         print(f"{flops / 1e12:,.0f} TFLOP per step of {tokens:,.0f} tokens in rows, {seconds:.2f} s"
-              f" on {ranks} H200 at an assumed {ASSUMED_SHARE:.0%} of its peak, without transfers;"
+              f" on {ranks} H200 at an assumed {share:.0%} of its peak, without transfers;"
               f" {plans.fewest} to {plans.most} forwards, imbalance {plans.imbalance:.1%}"
               )  # fmt: skip
     return {"estimated_gb": total_gb(parts), "flops": flops, "step_s": seconds}

@@ -72,8 +72,9 @@ def estimated_memory(
     dtype = DTYPES[args.dtype]
     ref_model = args.ref_model if needs_reference(args) else None
     parts = least_memory(args.model, ref_model, dtype, args.checkpointing, 0, shards)
+    kind = attention.choose(args.attention, config, device, dtype)
     with run_without_data(args, config, device) as run:
-        if attention.choose(args.attention, config, device, dtype) == "flex":
+        if kind == "flex":
             for layer in run.policy.model.base_model.layers:  # its kernel keeps no scores
                 layer.self_attn.attn_logit_softcapping = None
         forwards = plans.heaviest if run.critics else [plans.longest]  # whose graphs live at once
@@ -91,7 +92,7 @@ def estimated_memory(
         sum(p.numel() for p in module.parameters()) for module in (lm, lm.base_model.layers)
     )
     vocabulary = lm.get_output_embeddings().weight.shape[0]
-    rows = min(rows_per_chunk(vocabulary), len(batch.labels))
+    rows = min(rows_per_chunk(vocabulary, device), len(batch.labels))
     critics = sum(p.numel() for p in run.critics.parameters()) if run.critics else 0
     size = dtype.itemsize
     return parts | {
