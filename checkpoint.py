@@ -47,7 +47,7 @@ import paired  # noqa: F401  it registers its critic, so that build_discriminato
 from data import ChatEncoder, InputError, input_error_for
 from discriminator import build_discriminator
 from distributed import Trained, from_rank_0, print0
-from policy import model_error_for, weight_files
+from policy import weight_files
 from report import check_same, read_config
 
 MANIFEST = "manifest.json"
@@ -175,7 +175,7 @@ def model_fingerprints(**models: str | None) -> dict[str, str | None]:
         for flag, name in models.items():
             of_model = None, None
             if name is not None:
-                with model_error_for(f"--{flag} {name}"):
+                with input_error_for(f"--{flag} {name}"):
                     of_model = weights_fingerprint(name), config_fingerprint(name)
             found |= zip((f"{flag}_weights", f"{flag}_config"), of_model, strict=True)
         return found

@@ -141,7 +141,9 @@ def token_log_probs(
     h is (R, H), weight (V, H), bias (V,) or None, labels (R,) token ids. softcap is the model's
     final soft cap of logits (Gemma 2), or None; scale is what they are divided by (Granite).
     """
-    logits = at_least_fp32(F.linear(h, weight, bias)) / scale
+    logits = at_least_fp32(F.linear(h, weight, bias))
+    if scale != 1:
+        logits = logits / scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return -F.cross_entropy(logits, labels, reduction="none")
