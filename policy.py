@@ -231,21 +231,26 @@ def check_token_ids(texts: Iterable, config: PretrainedConfig, whose: str = "the
         )
 
 
-def check_files(folder: Path):
-    """Raises InputError unless a folder's weights are whole files; their values are not read."""
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the files of weights in a folder, without reading a value.
+
+    Raises InputError unless they and the other files of the model are whole.
+    """
     names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
         raise InputError(f"a model folder without weights: none of {', '.join(names)} is there")
     for file in (path, *folder.glob("*.json"), *folder.glob("*.model")):
         check_file(file)
-    if path.suffix == ".json":
-        shards = sorted({*json.loads(path.read_text())["weight_map"].values()})
-        if missing := [shard for shard in shards if not (folder / shard).is_file()]:
-            more = f" ({len(missing)} of {len(shards)} files are missing)"
-            raise InputError(f"{path.name} names {missing[0]}, which is not there{more}")
-        for shard in shards:
-            check_file(folder / shard)
+    if path.suffix != ".json":
+        return [path]
+    shards = sorted({*json.loads(path.read_text())["weight_map"].values()})
+    if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+        more = f" ({len(missing)} of {len(shards)} files are missing)"
+        raise InputError(f"{path.name} names {missing[0]}, which is not there{more}")
+    for shard in shards:
+        check_file(folder / shard)
+    return [folder / shard for shard in shards]
 
 
 def check_file(path: Path):
@@ -286,7 +291,7 @@ def read_any_config(name: str, flag: str = "--model") -> PretrainedConfig:
         if find_adapter_config_file(name):
             raise InputError(f"holds an adapter, which is no whole model: {MERGE}")
         if folder.is_dir():
-            check_files(folder)
+            weight_files(folder)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         quantised = getattr(config, "quantization_config", None)
         quantised = quantised or getattr(config.get_text_config(), "quantization_config", None)
