@@ -25,12 +25,16 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 import distributed
-from data import ChatEncoder, InputError, input_error_for, user_chat
-from flags import Parser, at_least_0, command_line, count, natural, refuse
+from data import ChatEncoder, InputError, half_a_character, input_error_for, user_chat
+from flags import Parser, at_least_0, command_line, count, given_flags, natural, refuse
 from policy import (
     check_token_ids,
     load_weights,
@@ -43,11 +47,11 @@ COMPACT_BELOW = 0.75  # with a smaller share of unfinished rows, finished ones l
 
 
 class Answer(NamedTuple):
-    """One answer of a model."""
+    """One answer of a model. Only the text is known of one that was read from a file."""
 
     text: str
-    tokens: int  # with the end of turn, if there is one
-    ended: bool  # False if the answer was cut off at max_new_tokens
+    tokens: int | None  # with the end of turn, if there is one
+    ended: bool | None  # False if the answer was cut off at max_new_tokens
 
 
 def uniforms(seed: int, prompt: list[int], sample: int, n: int) -> np.ndarray:
@@ -107,7 +111,7 @@ def generate(
     is told the progress every few seconds. Raises InputError if an answer could run past the
     model's positions; with cut_prompts a prompt that is too long loses its middle instead.
     """
-    prompts = [encoder.prompt_ids(messages) for messages in conversations]
+    prompts = prompts_to_ids(encoder, conversations)
     check_token_ids(prompts, lm.config)
     positions = positions_of(lm.config)
     if cut_prompts:
@@ -193,6 +197,27 @@ def write_batch(
     return answers
 
 
+def refuse_half_characters(text: str, where: str):
+    """Raises InputError if a text is no Unicode: no tokenizer reads half a surrogate pair."""
+    if half_a_character(text):
+        raise InputError(f"{where} holds half a character (half of a surrogate pair)")
+
+
+def prompts_to_ids(encoder: ChatEncoder, conversations: list[list[dict]]) -> list[list[int]]:
+    """Returns the token ids of conversations, which end with a user's turn.
+
+    Raises InputError, which tells a conversation's number from 0, if one is no Unicode or if the
+    chat template refuses it.
+    """
+    found = []
+    for i, messages in enumerate(conversations):
+        for turn in messages:
+            refuse_half_characters(turn["content"], f"prompt {i}")
+        with input_error_for(f"prompt {i} is refused by the chat template"):
+            found.append(encoder.prompt_ids(messages))
+    return found
+
+
 def quiet():
     """Turns off the libraries' progress bars and warnings, which would stand between our lines."""
     transformers_logging.set_verbosity_error()
@@ -217,17 +242,21 @@ def main(argv: list[str] | None = None):
     program, argv = command_line(argv, "generate.py")
     try:
         args = parse_args(argv)
-        read_any_config(args.model)
+        if args.temperature == 0 and "seed" in given_flags(argv):
+            print("not used with --temperature 0: --seed")
+        config, chats = read_any_config(args.model), [user_chat(p) for p in args.prompts]
         encoder = ChatEncoder(read_tokenizer(args.model, args.chat_template))
+        check_token_ids(prompts_to_ids(encoder, chats), config, f"--model {args.model}")
         settings = {k: getattr(args, k) for k in ("temperature", "max_new_tokens", "seed")}
         with distributed.session(timeout=600) as device:  # for the number of threads
             with input_error_for(f"--model {args.model}"):
                 lm = load_weights(AutoModelForCausalLM, args.model, dtype="auto").to(device)
-            answers = generate(lm, encoder, [user_chat(p) for p in args.prompts], **settings)
+            answers = generate(lm, encoder, chats, **settings)
     except (InputError, OSError) as error:
         refuse(program, error)
     for prompt, answer in zip(args.prompts, answers, strict=True):
-        print(f"{prompt}\n    {answer.text}")
+        cut = "" if answer.ended else f" [cut at --max_new_tokens {args.max_new_tokens}]"
+        print(f"{prompt}\n    {answer.text}{cut}")
 
 
 if __name__ == "__main__":

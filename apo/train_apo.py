@@ -45,17 +45,17 @@ import reward_model
 import train_ganpo
 from checkpoint import check_out_dir, claim_with_config, write_synced
 from data import (
-    SURROGATE,
     ChatEncoder,
     InputError,
     RowFault,
     Triplet,
     counts,
+    filled,
     input_error_for,
     json_lines,
     load_pairs,
     read_rows,
-    user_chat,
+    to_messages,
 )
 from distributed import print0, share_out
 from eval_alpaca import Prompt, Writer, judge_mini
@@ -73,7 +73,7 @@ from flags import (
     refuse,
     world_folder,
 )
-from generate import quiet
+from generate import quiet, refuse_half_characters
 from losses import bradley_terry_loss
 from miniature.world import read_tasks
 from policy import check_token_ids, read_model_config, read_tokenizer
@@ -146,22 +146,31 @@ def best_and_worst(texts: list[str], rewards: list[float]) -> tuple[str, str]:
 # ---------------------------------------------------------------------- a round
 
 
-def read_golden(path: str) -> dict[str, str]:
-    """Returns golden answers by prompt, the first one where a prompt occurs twice.
+def read_golden(path: str) -> tuple[list[Prompt], list[str]]:
+    """Returns prompts and their golden answers, the first one where a prompt occurs twice.
 
-    A row has prompt and golden; rows of the miniature have a solution instead of golden. Raises
-    InputError for a row without them.
+    A row has a prompt (or query, as APO's own converter calls it), which may be a text, one of
+    hh-rlhf's turns, or a chat, and a golden answer (or solution, as the miniature's rows call it).
+    Raises InputError for a row without them.
     """
     golden = {}
     for i, row in enumerate(read_rows(path, "train")):
-        row = dict(row) if isinstance(row, dict) else {}
-        row.setdefault("golden", row.get("solution"))
-        for key in ("prompt", "golden"):
-            text = row.get(key)
-            if not isinstance(text, str) or not text.strip() or SURROGATE.search(text):
-                raise InputError(f"--golden {path}: row {i} has no text {key!r}")
-        golden.setdefault(row["prompt"], row["golden"])
-    return golden
+        row = row if isinstance(row, dict) else {}
+        pair = {"prompt": row.get("query")} | row
+        pair["chosen"] = row.get("golden", row.get("solution"))
+        for key, names in (("prompt", "prompt or query"), ("chosen", "golden or solution")):
+            if not filled(pair[key]):
+                raise InputError(f"--golden {path}: row {i} has no {names}: {', '.join(row)}")
+        pair["rejected"] = f"{pair['chosen']}."  # any other answer makes it preference data
+        try:
+            chat, answer, _ = to_messages(pair)
+        except RowFault as reason:
+            raise InputError(f"--golden {path}: row {i}: {reason}") from None
+        for text in (answer, *(turn["content"] for turn in chat)):
+            refuse_half_characters(text, f"--golden {path}: row {i}")
+        prompt = Prompt.of(chat, "golden", row)
+        golden.setdefault(prompt.instruction, (prompt, answer))
+    return [prompt for prompt, _ in golden.values()], [answer for _, answer in golden.values()]
 
 
 def once(path: Path, compute: Callable):
@@ -199,9 +208,8 @@ class Game:
         self.about_human = human.summary()
         texts = (ids for t in self.human + self.held_out for ids in t[:3])
         check_token_ids(texts, self.config, f"--model {args.model}")
-        golden = list(read_golden(args.golden).items())[: args.prompts]
-        self.prompts = [Prompt(prompt, "golden", {}) for prompt, _ in golden]
-        self.golden = [answer for _, answer in golden]
+        prompts, golden = read_golden(args.golden)
+        self.prompts, self.golden = prompts[: args.prompts], golden[: args.prompts]
         n, m = len(self.prompts), len(self.human)
         if min(n, m) < args.batch_size:
             raise InputError(f"--batch_size {args.batch_size}: only {n} prompts, {m} human pairs")
@@ -209,7 +217,8 @@ class Game:
             tasks = read_tasks(args.exam) if args.exam else []
         self.exam = [Prompt(task.prompt, "exam", task._asdict()) for task in tasks]
         exam = [p.record for p in self.exam]
-        seen = [human.fingerprint, held_out.fingerprint, golden, exam, self.tokenizer.chat_template]
+        asked = [[p.instruction, a] for p, a in zip(self.prompts, self.golden, strict=True)]
+        seen = [human.fingerprint, held_out.fingerprint, asked, exam, self.tokenizer.chat_template]
         self.fingerprint = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
 
     def answers(
@@ -224,21 +233,16 @@ class Game:
         distributed.from_rank_0(lambda: out.mkdir(parents=True, exist_ok=True), "--out_dir")
         settings = dict(seed=args.seed, chat_template=args.chat_template, dtype=args.dtype)
         settings |= dict(max_new_tokens=args.max_new_tokens, batch_size=128, samples=samples)
-        settings |= dict(top_k=0, top_p=1.0) | decoding
-        writer = Writer(str(model), "--model", Namespace(**settings), self.device)
-        texts = writer.answers(prompts, temperature, out, "model")
-        rows = read_rows(str(out / f"model-T{temperature:g}.jsonl"), "train")
-        ended = [row["ended"] for row in rows]
-        return [
-            [text for s, text in enumerate(of_prompt) if ended[i * samples + s]]
-            for i, of_prompt in enumerate(texts)
-        ]
+        settings |= dict(top_k=0, top_p=1.0, strip_thinking=False) | decoding
+        writer = Writer(str(model), "--model", Namespace(**settings), self.device, self.encoder.day)
+        answers = writer.answers(prompts, temperature, out, "model")
+        return [[answer.text for answer in of_prompt if answer.ended] for of_prompt in answers]
 
     def game_pairs(self, samples: list[list[str]]) -> list[Triplet]:
         """Returns pairs with the golden answer as chosen and each sample as rejected."""
         triplets, notes, dropped = [], Counter(), Counter()
         for prompt, gold, texts in zip(self.prompts, self.golden, samples, strict=True):
-            messages = user_chat(prompt.instruction)
+            messages = prompt.messages
             for text in texts:
                 answers = gold, self.encoder.plain(text)
                 try:
@@ -273,7 +277,7 @@ class Game:
         """Returns the reward of each sample, by the reward model in a folder."""
         scorer = RewardModel(str(folder / "hf"), self.device, DTYPES[self.args.dtype])
         asked = [
-            (user_chat(p.instruction), text)
+            (p.messages, text)
             for p, texts in zip(self.prompts, samples, strict=True)
             for text in texts
         ]
@@ -299,7 +303,8 @@ class Game:
             if best_only and (worst.strip() == best.strip() or not usable(worst)):
                 worst = "." if best.strip() != "." else ".."
             if usable(best) and usable(worst) and best.strip() != worst.strip():
-                rows.append({"prompt": prompt.instruction, "chosen": best, "rejected": worst})
+                asked = prompt.chat or prompt.instruction
+                rows.append({"prompt": asked, "chosen": best, "rejected": worst})
         return rows
 
     def align(self, policy: Path, k: int, folder: Path) -> bool:
@@ -342,6 +347,11 @@ class Game:
         samples = self.answers(
             policy, self.prompts, folder / "answers", args.temperature, args.samples
         )
+        if not any(samples):
+            raise InputError(
+                f"{folder}: no answer of the LLM ended within --max_new_tokens"
+                f" {args.max_new_tokens}, and answers that were cut are not used; pass a larger one"
+            )
         distributed.from_rank_0(lambda: reward.mkdir(exist_ok=True), "--out_dir")
         learn = partial(self.train_reward, variant, samples, reward)
         accuracy, ece = accuracy_and_ece(once(reward / "margins.json", learn))
@@ -349,6 +359,12 @@ class Game:
         rewards = once(folder / "rewards.json", partial(self.rewards, reward, samples))
         distributed.free_memory()
         rows = self.pairs(samples, rewards)
+        if len(rows) < args.batch_size:
+            raise InputError(
+                f"--batch_size {args.batch_size}: only {len(rows)} of {len(self.prompts)} prompts"
+                f" have two different answers that ended within --max_new_tokens"
+                f" {args.max_new_tokens} ({folder})"
+            )
         text = json_lines(rows)
         distributed.from_rank_0(lambda: write_synced(folder / "pairs.jsonl", text), "--out_dir")
         if self.align(policy, k, folder):
