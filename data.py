@@ -593,10 +593,18 @@ DAY_CODES = "%-d %-m %e %d %m %y %Y %b %B %a %A %j %x %X %c %H %I %M %S %p".spli
 
 
 def on_day(template: str, day: str) -> str:
-    """Returns a chat template in which strftime_now knows only the first moment of a day."""
+    """Returns a chat template in which strftime_now knows only the first moment of a day.
+
+    It raises an error for a code that is not in DAY_CODES.
+    """
     codes = {code: date.fromisoformat(day).strftime(code) for code in DAY_CODES}
     text = "format" + "".join(f"|replace('{code}', '{codes[code]}')" for code in DAY_CODES)
-    return f"{{% macro strftime_now(format) %}}{{{{ {text} }}}}{{% endmacro %}}\n{template}"
+    unknown = "raise_exception('it writes the date in a form that is not known here: ' ~ format)"
+    return (
+        f"{{% macro strftime_now(format) %}}{{% set text = {text} %}}"
+        f"{{% if '%' in text %}}{{{{ {unknown} }}}}{{% endif %}}{{{{ text }}}}{{% endmacro %}}"
+        f"\n{template}"
+    )
 
 
 class ChatEncoder:

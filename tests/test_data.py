@@ -1118,6 +1118,7 @@ def test_a_data_set_that_cannot_be_fetched_is_one_line_with_the_cause(monkeypatc
     def fail(source, config):
         raise ConnectionError("no route to host\nand a page of hints")
 
+    monkeypatch.setattr("data.hub_check", lambda name, kind: None)
     monkeypatch.setattr("datasets.load_dataset", fail)
     assert "no route to host" in error_of("somebody/some-pairs")
 
