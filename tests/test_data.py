@@ -26,12 +26,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+import reward_model
+import settings
 from data import (
     ChatEncoder,
     InputError,
     Triplet,
     find_template,
     input_error_for,
+    load_data,
     load_pairs,
     split_thinking,
 )
@@ -442,7 +445,8 @@ SCHEMAS = {
     ),
     "metadata and empty columns": row("q", "yes", "no") | {
         "prompt_id": "1", "score_chosen": 2, "chosen-rating": 4, "source": "own", "tools": "[]",
-        "images": [], "system": "", "history": [["", ""]], "extra": None, "messages": [{"role": None}],
+        "images": [], "system": "", "history": [["", ""]], "extra": None,
+        "messages": [{"role": None}],
     },
 }  # fmt: skip
 KIND = [{"role": "system", "content": "be kind"}]
@@ -737,7 +741,7 @@ def test_text_that_the_template_leaves_out_is_counted(part, tmp_path):
     template = CHAT.replace("m.content |", "m.content.split('</think>')[-1] |")
     if part == "an earlier turn":
         template = CHAT.replace("in messages %}", "in messages if m.content != 'p' %}")
-    rows = [row(chat("p", "o", "q"), "so</think>\nyes", "no"), row("q", "yes", "no")]
+    rows = [row(chat("p", "o", "q"), "yes", "so</think>\nno"), row("q", "yes", "no")]
     pairs = load(tmp_path, rows, tiny(template))
     assert pairs.notes == {"text left out by the chat template": 1, "thinking in answers": 1}
 
@@ -1055,8 +1059,9 @@ def configs_folder(folder):
     (folder / "a").mkdir(parents=True)
     (folder / "b").mkdir()
     write_lines(folder / "a" / "train.jsonl", good(3))
+    write_lines(folder / "a" / "test.jsonl", [row("q", "<think>so</think>yes", "no")])
     write_lines(folder / "b" / "train.jsonl", [{"text": "t"}])
-    configs = (f"- config_name: {name}\n  data_files: {name}/train.jsonl\n" for name in "ab")
+    configs = (f"- config_name: {name}\n  data_dir: {name}\n" for name in "ab")
     (folder / "README.md").write_text(f"---\nconfigs:\n{''.join(configs)}---\n")
     return str(folder)
 
@@ -1070,6 +1075,22 @@ def test_one_of_several_configs_is_read_and_the_refusal_lists_them(tmp_path, mon
     assert message.endswith("(--dataset_config NAME picks one)")
     assert "'c' not found. Available: ['a', 'b']" in error_of(source, config="c")
     assert "no preference data in text" in error_of(source, config="b")
+
+
+@pytest.mark.parametrize("program", [settings, reward_model])
+def test_both_programs_hand_their_flags_to_the_pairs_and_the_held_out_ones(
+    program, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    argv = [f"--dataset={configs_folder(tmp_path / 'two')}", "--dataset_config=a", "--batch_size=3"]
+    args = program.parse_args([*argv, "--eval_split=test", "--strip_thinking"])
+    args.template_day = "2024-01-05"
+    data, held_out = load_data(args, tiny(DATED), 512, print, True)
+    assert len(data.triplets) == 3 and held_out.notes == {"thinking left out of answers": 1}
+    assert data.day == held_out.day == args.template_day == "2024-01-05"
+    args.template_day, args.batch_size = None, 4
+    with pytest.raises(InputError, match="fewer pairs than --batch_size 4: 3 of 3 rows"):
+        load_data(args, tiny(), 512, print, False)
 
 
 def test_a_config_of_what_has_none_is_refused(tmp_path):

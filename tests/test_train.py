@@ -608,9 +608,9 @@ def test_the_terminal_shows_what_is_trained_on_and_one_line_a_step(tiny_world, t
     assert "28 pairs = 3 steps/epoch, 4 left over" in text
     assert f"adv {4 * LN2:+.4f}, D {4 * LN2:.4f}" in text
     assert "28 of 28 rows; dropped: none" in text
-    shown = [line for line in lines if line.startswith("first pair, ")]
-    for name, line in zip(("chosen", "rejected"), shown, strict=True):
-        assert re.match(rf"first pair, {name}: '<s> .* <\|assistant\|>' >>>'.* <\|end\|>'<<<", line)
+    of_pair = r"first pair, (\w+): '<s> .* <\|assistant\|>' >>>'(.*) <\|end\|>'<<< "
+    (chosen, good), (rejected, bad) = re.findall(of_pair, text)
+    assert (chosen, rejected) == ("chosen", "rejected") and good != bad
     steps = [line for line in lines if "tok/s" in line]
     assert [s.split()[0] for s in steps] == ["1/3", "2/3", "3/3"]
     assert len({len(s) for s in steps}) == 1 and len(steps[0]) <= 140
