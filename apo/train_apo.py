@@ -6,12 +6,14 @@
 
     min over r, max over pi:  E_{y ~ pi} r(x, y) - E_{y ~ gold} r(x, y)
 
-x is a prompt, y an answer, r the reward, pi the LLM. In a round the LLM writes --samples answers to
-every prompt. The reward model starts again from its base and is trained on human pairs, with
+x is a prompt, y an answer, r the reward, pi the LLM. Reward model and LLM have prompts of their own
+[choice 27]. In a round the LLM writes --samples answers to every prompt. The reward model starts
+again from its base and is trained on human pairs and golden answers to its own prompts, with
 
     L_RM = L_BT(human pairs) + w L_BT(golden answer above each sample)
 
-Then the LLM moves towards answers of high reward by an offline method (--aligner). The paper bounds
+Then the LLM moves towards those of its answers, to the other prompts, that have a high reward, by
+an offline method (--aligner). The paper bounds
 both divergences: that of the reward model by the human pairs, that of the LLM by the aligner. No
 new human label is needed as the LLM's answers change.
 
@@ -56,6 +58,7 @@ from data import (
     json_lines,
     load_pairs,
     read_rows,
+    to_messages,
     user_chat,
 )
 from distributed import print0, share_out
@@ -121,19 +124,22 @@ def accuracy_and_ece(margins, bins: int = 10) -> tuple[float, float]:
     """Returns accuracy and expected calibration error (ECE) of a reward model, both in [0, 1].
 
     margins are reward(chosen) - reward(rejected) of held-out pairs, (n,). The accuracy is the share
-    of margins above 0; a margin of 0 counts 1/2. The model chooses the answer of higher reward with
-    confidence sigma(|margin|). ECE is the mean of |accuracy - mean confidence| over `bins` bins of
-    equal width between the confidences 1/2 and 1, weighted by their numbers of pairs.
+    of margins above 0; a margin of 0 counts 1/2. The ECE is that of APO's published code: each pair
+    is asked in both orders, so sigma(margin) is the probability of an event that happened, and
+    sigma(-margin) of one that did not. The 2n probabilities fall into `bins` bins of equal width
+    between 0 and 1. ECE is the mean of |share that happened - mean probability| over the bins,
+    weighted by their numbers.
     """
-    margins = np.asarray(margins)
-    right = np.heaviside(margins, 0.5)
-    confidence = 1 / (1 + np.exp(-np.abs(margins)))
-    bucket = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    margins = np.asarray(margins, dtype=float)
+    accuracy = np.heaviside(margins, 0.5).mean()
+    probability = 1 / (1 + np.exp(-np.concatenate([margins, -margins])))
+    happened = np.repeat([1.0, 0.0], len(margins))
+    bucket = np.minimum((probability * bins).astype(int), bins - 1)
     gaps = [
-        abs(right[bucket == b].mean() - confidence[bucket == b].mean()) * (bucket == b).mean()
+        abs(happened[bucket == b].mean() - probability[bucket == b].mean()) * (bucket == b).mean()
         for b in np.unique(bucket)
     ]
-    return float(right.mean()), float(sum(gaps))
+    return float(accuracy), float(sum(gaps))
 
 
 def best_and_worst(texts: list[str], rewards: list[float]) -> tuple[str, str]:
@@ -197,18 +203,33 @@ class Game:
         self.human, self.held_out = human.triplets, held_out.triplets
         texts = (ids for t in self.human + self.held_out for ids in t[:3])
         check_token_ids(texts, self.config, f"--model {args.model}")
-        golden = list(read_golden(args.golden).items())[: args.prompts]
+        golden = list(read_golden(args.golden).items())
+        n = min(args.prompts, len(golden) // 2)
+        golden = golden[: 2 * n]
+        # the reward model's prompts, with golden answers, and then the LLM's [choice 27]
         self.prompts = [Prompt(prompt, "golden", {}) for prompt, _ in golden]
-        self.golden = [answer for _, answer in golden]
-        n, m = len(self.prompts), len(self.human)
+        self.golden = [answer for _, answer in golden[:n]]
+        self.human = self.without_llms_prompts(self.human)
+        m = len(self.human)
         if min(n, m) < args.batch_size:
-            raise InputError(f"--batch_size {args.batch_size}: only {n} prompts, {m} human pairs")
+            raise InputError(
+                f"--batch_size {args.batch_size}: only {n} prompts for the LLM, {m} human pairs"
+            )
         with input_error_for("--exam"):
             tasks = read_tasks(args.exam) if args.exam else []
         self.exam = [Prompt(task.prompt, "exam", task._asdict()) for task in tasks]
         exam = [p.instruction for p in self.exam]
         seen = [human.fingerprint, held_out.fingerprint, golden, exam, self.tokenizer.chat_template]
         self.fingerprint = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+
+    def without_llms_prompts(self, human: list[Triplet]) -> list[Triplet]:
+        """Returns the human pairs whose prompts are not among the LLM's; prints how many are."""
+        rows = read_rows(self.args.human, "train")
+        llms = {p.instruction for p in self.prompts[len(self.golden) :]}
+        kept = [t for t in human if to_messages(rows[t.row])[0][-1]["content"] not in llms]
+        left_out = len(human) - len(kept)
+        print0(f"human pairs: {left_out} of {len(human)} are about the LLM's prompts and left out")
+        return kept
 
     def answers(
         self, model: str | Path, prompts: list[Prompt], out: Path, temperature: float, samples: int,
@@ -233,9 +254,12 @@ class Game:
         ]
 
     def game_pairs(self, samples: list[list[str]]) -> list[Triplet]:
-        """Returns pairs with the golden answer as chosen and each sample as rejected."""
+        """Returns pairs with the golden answer as chosen and each sample as rejected.
+
+        samples are those to the reward model's prompts, which come first.
+        """
         triplets, notes, dropped = [], Counter(), Counter()
-        for prompt, gold, texts in zip(self.prompts, self.golden, samples, strict=True):
+        for prompt, gold, texts in zip(self.prompts, self.golden, samples, strict=False):
             messages = user_chat(prompt.instruction)
             for text in texts:
                 answers = gold, self.encoder.plain(text)
@@ -268,21 +292,25 @@ class Game:
         return margins.tolist()
 
     def rewards(self, folder: Path, samples: list[list[str]]) -> list[list[float]]:
-        """Returns the reward of each sample, by the reward model in a folder."""
+        """Returns the reward of each sample to the LLM's prompts, by the reward model in a folder."""
         scorer = RewardModel(str(folder / "hf"), self.device, DTYPES[self.args.dtype])
         asked = [
             (user_chat(p.instruction), text)
-            for p, texts in zip(self.prompts, samples, strict=True)
+            for p, texts in self.of_llm(samples)
             for text in texts
         ]
         found = share_out(
             asked, lambda part: scorer.score(*zip(*part, strict=True)) if part else []
         )
         in_order = iter(found)
-        return [[next(in_order) for _ in texts] for texts in samples]
+        return [[next(in_order) for _ in texts] for _, texts in self.of_llm(samples)]
+
+    def of_llm(self, samples: list[list[str]]) -> list[tuple[Prompt, list[str]]]:
+        """Returns the LLM's prompts, each with its samples."""
+        return [*zip(self.prompts, samples, strict=True)][len(self.golden) :]
 
     def pairs(self, samples: list[list[str]], rewards: list[list[float]]) -> list[dict]:
-        """Returns rows of the best and the worst sample of each prompt.
+        """Returns rows of the best and the worst sample of each of the LLM's prompts.
 
         Rejection sampling trains on the best one only. So every prompt with a usable best one
         stays, and a stand-in takes the place of a worst one that is not usable [choice 20].
@@ -292,7 +320,7 @@ class Game:
         def usable(text):
             return text.strip() and not self.encoder.special_text.search(text)
 
-        for prompt, texts, scores in zip(self.prompts, samples, rewards, strict=True):
+        for (prompt, texts), scores in zip(self.of_llm(samples), rewards, strict=True):
             best, worst = best_and_worst(texts, scores) if texts else ("", "")
             if best_only and (worst.strip() == best.strip() or not usable(worst)):
                 worst = "." if best.strip() != "." else ".."
@@ -378,7 +406,8 @@ def play_all(args, argv: list[str], device: torch.device, stack: ExitStack):
     game = check_input(args, device)
     out = claim_with_config(args, stack, game.fingerprint)
     print0(
-        f"{len(game.prompts)} prompts x {args.samples} samples, {len(game.human)} human pairs,"
+        f"{len(game.golden)} prompts of the reward model and as many of the LLM x {args.samples}"
+        f" samples, {len(game.human)} human pairs,"
         f" {len(game.held_out)} held out; logs: {out}/start.log, {out}/*/round*/log\n{HEADER}"
     )
     start = printing_to(out / "start.log", partial(game.examine, args.model, out / "start"))
@@ -464,7 +493,7 @@ def flags() -> Parser:
     add = parser.add_argument_group("the game [default; the paper's where it differs]").add_argument
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="[all three]")
     add("--rounds", type=count, default=3, help="[3]")
-    add("--prompts", type=count, default=1024, help="how many golden prompts to use [1024]")
+    add("--prompts", type=count, default=1024, help="of reward model and LLM, each its own [1024]")
     add("--samples", type=number(int, 2), default=4, help="answers per prompt [4]")
     add("--temperature", type=positive, default=1.0, help="of these answers [1; paper 1.2]")
     add("--apo_loss", choices=["ranking", "difference"], default="ranking", help="[ranking]")
