@@ -89,8 +89,8 @@ def ipo_loss(
 
     ([(logp_chosen - ref_logp_chosen) - (logp_rejected - ref_logp_rejected)] - 1 / (2 beta))^2
 
-    The log-probabilities are *means* over the answer's tokens [choice 26]. Returns (B,); 1 / (4 beta^2) where the
-    policy equals the reference.
+    The log-probabilities are *means* over the answer's tokens [choice 26]. Returns (B,);
+    1 / (4 beta^2) where the policy equals the reference.
     """
     log_ratio = (logp_chosen - ref_logp_chosen) - (logp_rejected - ref_logp_rejected)
     return (log_ratio - 1 / (2 * beta)).square()

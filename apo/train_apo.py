@@ -292,12 +292,10 @@ class Game:
         return margins.tolist()
 
     def rewards(self, folder: Path, samples: list[list[str]]) -> list[list[float]]:
-        """Returns the reward of each sample to the LLM's prompts, by the reward model in a folder."""
+        """Returns rewards of the samples to the LLM's prompts, by the reward model in a folder."""
         scorer = RewardModel(str(folder / "hf"), self.device, DTYPES[self.args.dtype])
         asked = [
-            (user_chat(p.instruction), text)
-            for p, texts in self.of_llm(samples)
-            for text in texts
+            (user_chat(p.instruction), text) for p, texts in self.of_llm(samples) for text in texts
         ]
         found = share_out(
             asked, lambda part: scorer.score(*zip(*part, strict=True)) if part else []

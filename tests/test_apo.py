@@ -314,7 +314,7 @@ def test_a_game_interrupted_anywhere_ends_as_an_undisturbed_one(game, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [1, 4])  # within the LLM's three steps, and after them
+@pytest.mark.parametrize("step", [1, 3])  # within the LLM's two steps, and after them
 def test_a_signal_ends_the_game_and_it_resumes(step, game, monkeypatch, capsys):
     flags = [*ARGV, "--variants=gail", "--rounds=1", "--batch_size=8"]
     inner, polls = StopSignals.anywhere, []
