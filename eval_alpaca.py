@@ -30,7 +30,8 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from datetime import date
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -48,10 +49,16 @@ from checkpoint import check_writable, load_discriminators, sha256, write_synced
 from data import (
     ChatEncoder,
     InputError,
+    RowFault,
+    filled,
     first_line,
     input_error_for,
     json_lines,
+    prompt_column,
     read_rows,
+    split_thinking,
+    to_messages,
+    unread_columns,
     user_chat,
 )
 from distributed import print0, share_out
@@ -67,7 +74,14 @@ from flags import (
     refuse,
     world_folder,
 )
-from generate import Answer, generate, quiet
+from generate import (
+    Answer,
+    fix_day,
+    generate,
+    prompts_to_ids,
+    quiet,
+    refuse_half_characters,
+)
 from policy import (
     check_token_ids,
     load_weights,
@@ -79,21 +93,40 @@ from policy import (
 from report import read_config
 from reward_model import RewardModel, hidden_states, read_reward_model
 from settings import build_miniature, is_miniature
-from winrate import length_controlled, summary, table
+from winrate import NOTICED, length_controlled, summary, table
 
 JUDGES = ("mini", "rm", "annotations", "ifeval", "gpt4")
 OF_ANNOTATIONS = {"judge", "annotations", "alpaca_data", "timeout", "out"}  # the flags it uses
 ALPACA, ALPACA_N = "tatsu-lab/alpaca_eval", 805  # AlpacaEval's data set, and its instructions
 BASELINE_FILE = "alpaca_eval_gpt4_baseline.json"
+BASELINE_COLUMNS = ("output", "generator", "dataset", "datasplit")
+READ_BY = {  # what judges read of a row of --prompts beside the prompt
+    "mini": ("family", "solution", "args"),
+    "ifeval": ("key", "instruction_id_list", "kwargs"),
+}
+ANY_ANSWERS = {"chosen": "a", "rejected": "b"}  # they make a prompt a row of preference data
 LEAST_ROOM = 32  # tokens of a prompt beside --max_new_tokens
 
 
 class Prompt(NamedTuple):
-    """One instruction of --prompts."""
+    """One row of --prompts."""
 
-    instruction: str
+    instruction: str  # its text, by which AlpacaEval's files know it
     dataset: str
     record: dict  # the whole row, for judges that need more
+    chat: list[dict] | None = None  # its messages, if they are more than one user's turn
+
+    @classmethod
+    def of(cls, chat: list[dict], dataset: str, record: dict):
+        """Returns the prompt of a chat. The text of one with several turns shows their roles."""
+        if len(chat) == 1:
+            return cls(chat[0]["content"], dataset, record)
+        text = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in chat)
+        return cls(text, dataset, record, chat)
+
+    @property
+    def messages(self) -> list[dict]:
+        return self.chat or user_chat(self.instruction)
 
 
 # ---------------------------------------------------------------------- AlpacaEval's files
@@ -126,6 +159,7 @@ def check_outputs(
         for key in ("instruction", "output", "generator"):
             if not isinstance(row, dict) or not isinstance(row.get(key), str):
                 raise InputError(f"{source}: row {i} has no {key}")
+            refuse_half_characters(row[key], f"{source}: row {i}")
         if not row["output"].strip() and not empty_ok:
             raise InputError(f"{source}: row {i} has an empty output")
         if row["instruction"] in seen:
@@ -153,25 +187,53 @@ def read_alpaca_baseline(args) -> list[dict]:
     return rows
 
 
-def read_prompts(args) -> list[Prompt]:
-    """Returns the prompts of --prompts.
+def read_prompts(args) -> tuple[list[Prompt], list[str]]:
+    """Returns the prompts of --prompts, and the columns of the file that are not read.
 
-    Raises InputError if there are none, if a row has no text, or if an instruction occurs twice.
+    Raises InputError if there are none, if a row cannot be used, or if an instruction occurs twice.
     """
     alpaca, where = args.prompts == "alpaca_eval", f"--prompts {args.prompts}"
     rows = read_alpaca_baseline(args) if alpaca else read_rows(args.prompts, "train")
-    prompts, first = [], {}
+    prompts, first, unread = [], {}, {}
     for i, row in enumerate(rows):
-        text = (row.get("instruction") or row.get("prompt")) if isinstance(row, dict) else None
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f"{where}: row {i} has no text as instruction or prompt")
+        try:
+            pair = as_pair(row)
+            chat = to_messages(pair)[0]
+        except RowFault as reason:
+            raise InputError(f"{where}: row {i}: {reason}") from None
+        prompt = Prompt.of(chat, row.get("dataset") or Path(args.prompts).stem, row)
+        text = prompt.instruction
+        refuse_half_characters(text, f"{where}: row {i}")
         if text in first:
             raise InputError(f"{where}: row {i} has the instruction of row {first[text]}")
         first[text] = i
-        prompts.append(Prompt(text, row.get("dataset") or Path(args.prompts).stem, row))
+        prompts.append(prompt)
+        unread |= dict.fromkeys(unread_columns(pair))
+        unread |= dict.fromkeys(k for k in pair if filled(row.get(k)) and row[k] != pair[k])
     if not prompts:
         raise InputError(f"{where}: no rows")
-    return prompts
+    known = BASELINE_COLUMNS if alpaca else READ_BY.get(args.judge, ())
+    return prompts, [name for name in unread if name not in {"instruction", "input", *known}]
+
+
+def as_pair(row) -> dict:
+    """Returns a row of --prompts as one of preference data, with any two answers.
+
+    The prompt is a text as instruction (with Alpaca's input behind it, after an empty line) or a
+    prompt as data.to_messages reads it: a text or a chat, with system and history. Raises RowFault
+    if there is none.
+    """
+    if not isinstance(row, dict):
+        raise RowFault("not an object")
+    pair = row | ANY_ANSWERS
+    if filled(row.get("instruction")):
+        parts = [row[key] for key in ("instruction", "input") if filled(row.get(key))]
+        if not all(isinstance(part, str) for part in parts):
+            raise RowFault("instruction or input is not text")
+        pair["prompt"] = "\n\n".join(parts)
+    elif not filled(row.get(prompt_column(pair))):
+        raise RowFault(f"no instruction and no prompt, text or chat, in {', '.join(row)}")
+    return pair
 
 
 # ---------------------------------------------------------------------- answers
@@ -181,16 +243,38 @@ class Writer:
     """A model that writes answers. Its weights are read when the first missing answer is needed.
 
     name is a folder or Hub id, flag the flag it was given by. args holds chat_template, dtype,
-    seed, samples, max_new_tokens, batch_size, top_k and top_p. Raises InputError, which begins with
-    the flag, if there is no config, tokenizer, chat template or, in a folder, no weights.
+    seed, samples, max_new_tokens, batch_size, top_k, top_p and strip_thinking. A chat template that
+    writes today's date writes `day` instead. Raises InputError, which begins with the flag, if
+    there is no config, tokenizer, chat template or, in a folder, no weights.
     """
 
-    def __init__(self, name: str, flag: str, args, device: torch.device):
+    def __init__(self, name: str, flag: str, args, device: torch.device, day: date):
         self.name, self.flag, self.args, self.device, self._lm = name, flag, args, device, None
         self.config = read_any_config(name, flag)
+        self.room = positions_of(self.config) - args.max_new_tokens  # tokens of a prompt
         tokenizer = read_tokenizer(name, args.chat_template, flag)
         with input_error_for(f"{flag} {name}"):
+            self.day = str(day) if fix_day(tokenizer, day) else None
             self.encoder = ChatEncoder(tokenizer)
+
+    def read(self, chats: list[list[dict]]):
+        """Reads all prompts, and keeps what is to be said of them.
+
+        Sets cut, the numbers of those that are longer than there is room for, and spelled, how many
+        spell out special tokens. Raises InputError if one cannot be used or if there is no room.
+        """
+        if self.room < LEAST_ROOM:
+            positions, whose = positions_of(self.config), self.flag.strip("-")
+            raise InputError(
+                f"--max_new_tokens {self.args.max_new_tokens} leaves {max(self.room, 0)} of the"
+                f" {whose}'s {positions} positions for the prompt; {LEAST_ROOM} are needed"
+            )
+        with input_error_for(f"{self.flag} {self.name}"):
+            ids = prompts_to_ids(self.encoder, chats)
+            check_token_ids(ids, self.config)
+        self.cut = {i for i, prompt in enumerate(ids) if len(prompt) > self.room}
+        found = (map(self.encoder.special_text.search, (m["content"] for m in c)) for c in chats)
+        self.spelled = sum(map(any, found))
 
     @property
     def lm(self) -> PreTrainedModel:
@@ -211,7 +295,7 @@ class Writer:
         """Returns the settings by which answers are drawn."""
         names = "samples max_new_tokens top_k top_p seed dtype".split()
         settings = {"temperature": temperature} | {k: getattr(self.args, k) for k in names}
-        return settings | {"chat_template": self.encoder.tokenizer.chat_template}
+        return settings | {"chat_template": self.encoder.tokenizer.chat_template, "day": self.day}
 
     def settings(self, prompts: list[Prompt], temperature: float) -> dict:
         """Returns all that the answers depend on, and the versions that they were made with."""
@@ -226,8 +310,8 @@ class Writer:
 
     def answers(
         self, prompts: list[Prompt], temperature: float, out: Path, name: str
-    ) -> list[list[str]]:
-        """Returns --samples texts for each prompt, on all ranks, and writes them to out/name-T*.
+    ) -> list[list[Answer]]:
+        """Returns --samples answers to each prompt, on all ranks, and writes them to out/name-T*.
 
         Those that an earlier command has written are kept. Raises InputError if that command had
         other settings.
@@ -250,12 +334,16 @@ class Writer:
             if len(rows) == n or time.monotonic() - reported > 10:
                 print0(f"{name}, T {temperature:g}: {len(rows):,} of {n:,} answers")
                 reported = time.monotonic()
-        texts = [row["text"] for row in rows]
-        texts = [texts[i : i + samples] for i in range(0, len(texts), samples)]
-        first_samples = [of_prompt[0] for of_prompt in texts]
-        write = partial(self.write_outputs, path.with_suffix(".json"), prompts, first_samples)
+        answers = [Answer(row["text"], row["tokens"], row["ended"]) for row in rows]
+        answers = [answers[i : i + samples] for i in range(0, len(answers), samples)]
+        texts = [self.split(of_prompt[0].text)[1] for of_prompt in answers]
+        write = partial(self.write_outputs, path.with_suffix(".json"), prompts, texts)
         distributed.from_rank_0(write, "--out")
-        return texts
+        return answers
+
+    def split(self, text: str) -> tuple[str, str]:
+        """Returns what an answer thinks aloud, and the text of it that is judged."""
+        return split_answer(text, self.args.strip_thinking, self.encoder.opened)
 
     def write(self, temperature: float, prompts: list[Prompt]) -> list[list[Answer]]:
         """Returns --samples new answers to each prompt."""
@@ -263,7 +351,7 @@ class Writer:
         answers = generate(
             self.lm,
             self.encoder,
-            [user_chat(p.instruction) for p in prompts],
+            [p.messages for p in prompts],
             temperature=temperature,
             seed=args.seed,
             samples=args.samples,
@@ -307,19 +395,54 @@ class Writer:
         write_synced(path, json.dumps(rows, indent=1) + "\n")
 
 
+def split_answer(text: str, strip: bool, opened: str = "") -> tuple[str, str]:
+    """Returns what an answer thinks aloud, and the text that is judged: the rest, or all of it.
+
+    strip says which. opened is what the chat template puts between the assistant's header and the
+    answer. If that opens a passage of thoughts which the answer does not close, the answer is
+    nothing else.
+    """
+    thinking, rest = split_thinking(text)
+    if not thinking and split_thinking(opened + "any")[1] == "":
+        thinking, rest = text, ""
+    return thinking, rest if strip else text
+
+
 def answers_file(out: Path, name: str, temperature: float) -> Path:
     return out / f"{name}-T{temperature:g}.jsonl"
 
 
+def read_meta(path: Path) -> dict:
+    """Returns how the answers beside a file NAME-T*.meta.json were made."""
+    with input_error_for(f"{path}: how its answers were made cannot be read"):
+        return dict(json.loads(path.read_text()))
+
+
+def first_day(out: Path) -> date:
+    """Returns the day which the answers in a folder have from their chat template, else today.
+
+    Some templates write today's date. An evaluation that is continued later keeps its first day.
+    """
+    days = [read_meta(path).get("day") for path in sorted(out.glob("*.meta.json"))]
+    return next((date.fromisoformat(day) for day in days if day), date.today())
+
+
 def check_same_settings(path: Path, settings: dict):
     """Raises InputError if the answers in path were made with other values of these settings."""
-    meta = path.with_suffix(".meta.json")
-    if path.exists():
-        with input_error_for(f"{meta}: how {path.name} was made cannot be read"):
-            old = dict(json.loads(meta.read_text()))
-        changed = [k for k in settings if k != "versions" and old.get(k) != settings[k]]
-        if changed:
-            raise InputError(f"{path} was made with other settings: {', '.join(changed)}")
+    if not path.exists():
+        return
+    old, changed = read_meta(path.with_suffix(".meta.json")), []
+    for key, new in settings.items():
+        if key in ("versions", "model") or old.get(key) == new:
+            continue
+        was, now = (str(value) for value in (old.get(key), new))
+        if key == "fingerprint":  # a moved folder is the same model
+            was, now = f"{old.get('model')} ({was})", f"{settings['model']} ({now})"
+        long = len(was + now) > 200
+        changed.append(f"{key} is another" if long else f"{key} was {was}, is now {now}")
+    if changed:
+        changed = "; ".join(changed)
+        raise InputError(f"{path} was made with other settings: {changed}; pass another --out")
 
 
 def append(path: Path, rows: list[dict]):
@@ -422,8 +545,8 @@ class IFEval:
 class Critics:
     """Scores answers by both discriminators of a run, on the latents of the model that wrote them.
 
-    Called as a judge; each row has critic_pos and critic_neg. Raises InputError if the file is not
-    one of discriminators or does not fit the model.
+    Called as a judge; each row has critic_pos, critic_neg and cut_text. Raises InputError if the
+    file is not one of discriminators or does not fit the model.
     """
 
     def __init__(self, path: str, writer: Writer):
@@ -450,14 +573,15 @@ class Critics:
         encoder, rows = self.writer.encoder, []
         limit = positions_of(self.writer.config)
         ids = [
-            encoder.answer_ids(user_chat(p.instruction), encoder.plain(text))[:limit]
+            encoder.answer_ids(p.messages, encoder.plain(text))
             for p, text in zip(prompts, texts, strict=True)
         ]
         for first in range(0, len(ids), batch_size):
-            h, mask = hidden_states(self.writer.lm, ids[first : first + batch_size])
+            texts = [text[:limit] for text in ids[first : first + batch_size]]
+            h, mask = hidden_states(self.writer.lm, texts)
             scores = [critic(h.float(), mask).tolist() for critic in self.critics.values()]
             rows += [{"critic_pos": p, "critic_neg": n} for p, n in zip(*scores, strict=True)]
-        return rows
+        return [row | {"cut_text": len(text) > limit} for row, text in zip(rows, ids, strict=True)]
 
 
 # ---------------------------------------------------------------------- published annotations
@@ -472,31 +596,57 @@ def annotated(args) -> tuple[list[dict], list[dict]]:
     baseline = read_alpaca_baseline(args)
     place, found = {row["instruction"]: i for i, row in enumerate(baseline)}, {}
     for i, row in enumerate(read_rows(args.annotations, "train")):
-        row = row if isinstance(row, dict) else {}
+        row = dict(row) if isinstance(row, dict) else {}
         where = f"--annotations {args.annotations}: row {i}"
         index, preference = place.get(row.get("instruction")), row.get("preference")
         if index is None:
             raise InputError(f"{where}: not one of AlpacaEval's instructions")
         if index in found:
             raise InputError(f"{where}: its instruction occurs twice")
-        if not isinstance(row.get("output_2"), str):
-            raise InputError(f"{where}: no text as output_2")
-        if not isinstance(preference, int | float) or not 1 <= preference <= 2:
+        if "output_1" not in row:  # then the other answer is that of AlpacaEval's baseline
+            other = row.get("generator_1", baseline[index]["generator"])
+            if other != baseline[index]["generator"]:
+                raise InputError(f"{where}: no output_1, the answer of {other!r}")
+            row |= {"output_1": baseline[index]["output"], "generator_1": other}
+        for key in ("output_1", "output_2"):
+            if not isinstance(row.get(key), str):
+                raise InputError(f"{where}: no text as {key}")
+            refuse_half_characters(row[key], where)
+        if preference is None or preference != preference:
+            row["preference"] = None  # the judge has failed: null, or nan
+        elif preference == 0:
+            row["preference"] = 1.5  # so AlpacaEval once wrote a tie
+        elif not isinstance(preference, int | float) or not 1 <= preference <= 2:
             raise InputError(f"{where}: preference {preference!r} is not in [1, 2]")
         found[index] = row
     if not found:
         raise InputError(f"--annotations {args.annotations}: no rows")
     if len(found) < ALPACA_N:
         print0(f"{len(found)} of {ALPACA_N} instructions are annotated")
-    scores = [
-        {"prompt": index, "sample": 0, "win": row["preference"] - 1}
-        | {"length": len(row["output_2"]), "length_baseline": len(baseline[index]["output"])}
-        for index, row in sorted(found.items())
-    ]
-    control = official_control(args, [row["prompt"] for row in scores])
-    model = next(iter(found.values())).get("generator_2")
-    names = {"model": model, "baseline": baseline[0]["generator"]}
-    return [summary(scores, control, **names, judge="annotations")], scores
+    names = {
+        key: one_of(found.values(), column, args.annotations)
+        for key, column in (("model", "generator_2"), ("baseline", "generator_1"))
+    }
+    scores = []
+    for index, row in sorted(found.items()):
+        win = row["preference"] and row["preference"] - 1
+        scores.append({"prompt": index, "sample": 0, "win": win})
+        for key, whose in (("output_2", ""), ("output_1", "_baseline")):
+            thinking = split_thinking(row[key])[0]
+            scores[-1] |= {f"length{whose}": len(row[key]), f"thinking{whose}": len(thinking)}
+    control = official_control(args, [r["prompt"] for r in scores if r["win"] is not None])
+    result = summary(scores, control, **names, judge="annotations")
+    if names["model"] == names["baseline"]:
+        result["lc_win_rate"] = 50.0  # by construction, as officially
+    return [result], scores
+
+
+def one_of(rows: Iterable[dict], column: str, source: str) -> str:
+    """Returns the value of a column; raises InputError unless it is the same in all rows."""
+    values = list(dict.fromkeys(str(row.get(column, "?")) for row in rows))
+    if len(values) > 1:
+        raise InputError(f"--annotations {source}: several values of {column}: {values[:3]}")
+    return values[0]
 
 
 def official_control(args, prompts: list[int]) -> Callable:
@@ -529,19 +679,14 @@ def check_input(args, device: torch.device) -> SimpleNamespace:
     prompts   list of Prompt
     writer    Writer of --model
     baseline  Writer of --baseline, or None
-    outputs   the texts of a --baseline that is a file, --samples equal ones per prompt, or None
+    outputs   the answers of a --baseline that is a file, --samples equal ones per prompt, or None
     judge     the judge, or None if --judge has no verdicts of its own here
     critics   Critics of --score_discriminators, or None
-    room      tokens that a prompt may have
+    unread    columns of --prompts that are not read
     """
     check_writable(Path(args.out), "--out")
-    prompts = read_prompts(args)
-    writer = Writer(args.model, "--model", args, device)
-    positions = positions_of(writer.config)
-    room = positions - args.max_new_tokens
-    if room < LEAST_ROOM:
-        left = f"leaves {max(room, 0)} of the model's {positions} positions for the prompt"
-        raise InputError(f"--max_new_tokens {args.max_new_tokens} {left}; {LEAST_ROOM} are needed")
+    prompts, unread = read_prompts(args)
+    writer = Writer(args.model, "--model", args, device, args.day)
     baseline = outputs = judge = critics = None
     if args.baseline == "alpaca_eval" or args.baseline and Path(args.baseline).is_file():
         file = args.baseline
@@ -549,12 +694,12 @@ def check_input(args, device: torch.device) -> SimpleNamespace:
             file = str(alpaca_file(args, BASELINE_FILE))
         rows = read_rows(file, "train")
         check_outputs(file, rows, [p.instruction for p in prompts])
-        outputs = [[row["output"]] * args.samples for row in rows]
+        outputs = [[Answer(row["output"], None, None)] * args.samples for row in rows]
     elif args.baseline:
-        baseline = Writer(args.baseline, "--baseline", args, device)
-    chats = [user_chat(p.instruction) for p in prompts]
+        baseline = Writer(args.baseline, "--baseline", args, device, args.day)
+    chats = [p.messages for p in prompts]
     for who in filter(None, (writer, baseline)):
-        check_token_ids(map(who.encoder.prompt_ids, chats), who.config, f"{who.flag} {who.name}")
+        who.read(chats)
     for name, who in (("model", writer), ("baseline", baseline)):
         for temperature in args.temperatures if who else ():
             path = answers_file(Path(args.out), name, temperature)
@@ -566,48 +711,62 @@ def check_input(args, device: torch.device) -> SimpleNamespace:
     elif args.judge == "ifeval":
         judge = IFEval(prompts)
     if args.reward_model:
-        encoder, config = read_reward_model(args.reward_model)
+        encoder, config = read_reward_model(args.reward_model, day=args.day)
         whose = f"--reward_model {args.reward_model}"
-        check_token_ids(map(encoder.prompt_ids, chats), config, whose)
+        with input_error_for(whose):
+            check_token_ids(prompts_to_ids(encoder, chats), config)
     if args.score_discriminators:
         critics = Critics(args.score_discriminators, writer)
     return SimpleNamespace(
         prompts=prompts, writer=writer, baseline=baseline, outputs=outputs, judge=judge,
-        critics=critics, room=room,
+        critics=critics, unread=unread,
     )  # fmt: skip
 
 
 def score_rows(
-    inputs: SimpleNamespace, reward: RewardModel | None, by_reward: bool, own: bool, items: list
+    inputs: SimpleNamespace, reward: RewardModel | None, args, who: Writer | None, items: list
 ) -> list[dict]:
-    """Returns a score row for each item: numbers of prompt and sample, and the text.
+    """Returns a score row for each item: numbers of prompt and sample, and the Answer.
 
-    by_reward says whether the reward is the score, too. own says whether the texts are those of
-    --model, whose latents the critics read.
+    who has written the answers, None if they were read from a file. The critics read the latents of
+    --model, so they score its answers alone.
     """
-    rows = [{"prompt": i, "sample": s, "length": len(text)} for i, s, text in items]
-    prompts, texts = [inputs.prompts[i] for i, _, _ in items], [text for _, _, text in items]
+    rows, texts = [], []
+    for i, s, answer in items:
+        split = who.split if who else partial(split_answer, strip=args.strip_thinking)
+        thinking, text = split(answer.text)
+        rows.append({"prompt": i, "sample": s, "length": len(text), "thinking": len(thinking)})
+        rows[-1]["cut_answer"] = None if answer.ended is None else not answer.ended
+        rows[-1]["cut_prompt"] = i in who.cut if who else None
+        rows[-1]["empty"] = not text.strip()
+        texts.append(text)
+    prompts = [inputs.prompts[i] for i, _, _ in items]
     columns = [inputs.judge(prompts, texts)] if inputs.judge else []
     if reward:
-        rewards = reward.score([user_chat(p.instruction) for p in prompts], texts)
-        keys = ("score", "reward") if by_reward else ("reward",)
-        columns.append([dict.fromkeys(keys, value) for value in rewards])
-    if inputs.critics and own:
+        asked = [p.messages for p in prompts], texts
+        keys = ("score", "reward") if args.judge == "rm" else ("reward",)
+        columns.append([dict.fromkeys(keys, value) for value in reward.score(*asked)])
+        columns.append([{"cut_text": cut} for cut in reward.too_long(*asked)])
+    if inputs.critics and who is inputs.writer:
         columns.append(inputs.critics(prompts, texts))
     for more in columns:
         for row, values in zip(rows, more, strict=True):
+            cut = row.get("cut_text")
             row |= values
+            row["cut_text"] = cut or row.get("cut_text")  # by one of the two that may cut
     return rows
 
 
 def compare(own: list[dict], other: list[dict] | None):
-    """Adds win and length_baseline to the model's score rows.
+    """Adds win, and what is known of the baseline's answers, to the model's score rows.
 
     other holds the baseline's rows in the same order, or is None. The higher score wins; equal
     scores count 1/2.
     """
     for i, row in enumerate(own):
-        row |= {"win": None, "length_baseline": other[i]["length"] if other else None}
+        row["win"] = None
+        for key in ("length", *NOTICED):
+            row[f"{key}_baseline"] = other[i].get(key) if other else None
         if other and row.get("score") is not None:
             row["win"] = float(np.heaviside(row["score"] - other[i]["score"], 0.5))
 
@@ -615,48 +774,60 @@ def compare(own: list[dict], other: list[dict] | None):
 def evaluate(args, device: torch.device) -> tuple[list[dict], list[dict]]:
     """Returns the rows of results.json and of scores.jsonl; writes the answers to --out."""
     inputs = check_input(args, device)
-    prompts, writer = inputs.prompts, inputs.writer
+    prompts, writer, out = inputs.prompts, inputs.writer, Path(args.out)
     reward = None
     if args.reward_model:
-        reward = RewardModel(args.reward_model, device, DTYPES[args.dtype])
+        reward = RewardModel(args.reward_model, device, DTYPES[args.dtype], args.day)
 
-    def examine(texts, own):
+    def examine(answers, who):
         items = [
-            (i, s, text) for i, of_prompt in enumerate(texts) for s, text in enumerate(of_prompt)
+            (i, s, answer)
+            for i, of_prompt in enumerate(answers)
+            for s, answer in enumerate(of_prompt)
         ]
-        return share_out(items, partial(score_rows, inputs, reward, args.judge == "rm", own))
+        return share_out(items, partial(score_rows, inputs, reward, args, who))
 
-    lengths = [len(writer.encoder.prompt_ids(user_chat(p.instruction))) for p in prompts]
-    if cut := sum(n > inputs.room for n in lengths):
-        longer = f"{cut} of {len(prompts)} prompts are longer than {inputs.room} tokens"
-        print0(f"{longer}; the middle of these is left out")
-    out = Path(args.out)
+    if inputs.unread:
+        print0(f"--prompts {args.prompts}: columns not read: {', '.join(inputs.unread)}")
+    for who in filter(None, (writer, inputs.baseline)):
+        if who.cut:
+            longer = f"{len(who.cut)} of {len(prompts)} prompts are longer than {who.room} tokens"
+            print0(f"{who.flag}: {longer}; the middle of these is left out")
+        if who.spelled:
+            spell = f"{who.spelled} of {len(prompts)} prompts spell out special tokens"
+            print0(f"{who.flag}: {spell}, which the chat template makes real ones")
+        if who.day:
+            print0(f"{who.flag}: the chat template writes the date, here always {who.day}")
     distributed.from_rank_0(lambda: out.mkdir(parents=True, exist_ok=True), "--out")
     for name, who in (("model", writer), ("baseline", inputs.baseline)):
         if who and who.unfinished(len(prompts), out, name):
             who.lm  # noqa: B018  read now, so that none writes if the other cannot be used
-    results, scores, settings = [], [], {"model": args.model, "baseline": args.baseline}
+    results, scores = [], []
+    settings = {k: getattr(args, k) for k in "model baseline judge seed strip_thinking".split()}
     for temperature in args.temperatures:
-        rows = examine(writer.answers(prompts, temperature, out, "model"), own=True)
-        texts = inputs.outputs
+        rows = examine(writer.answers(prompts, temperature, out, "model"), writer)
+        other = inputs.outputs
         if inputs.baseline:
-            texts = inputs.baseline.answers(prompts, temperature, out, "baseline")
-        compare(rows, examine(texts, own=False) if texts else None)
-        settings |= {"judge": args.judge, "temperature": temperature, "seed": args.seed}
-        results.append(summary(rows, **settings))
+            other = inputs.baseline.answers(prompts, temperature, out, "baseline")
+        compare(rows, examine(other, inputs.baseline) if other else None)
+        results.append(summary(rows, **settings, temperature=temperature))
         scores += [{"temperature": temperature} | row for row in rows]
         if args.judge == "gpt4":
-            command = gpt4_command(args, out, temperature)
+            reference = args.baseline
+            if inputs.baseline:
+                reference = answers_file(out, "baseline", temperature).with_suffix(".json")
+            command = gpt4_command(reference, out, temperature)
             print0(f"run this where there is an OpenAI key: {command}")
     return results, scores
 
 
-def gpt4_command(args, out: Path, temperature: float) -> str:
-    """Returns the command by which AlpacaEval's own judge compares the answers."""
+def gpt4_command(reference: str | Path | None, out: Path, temperature: float) -> str:
+    """Returns the command by which AlpacaEval's own judge compares the answers with the outputs of
+    a reference file, by default those of AlpacaEval's baseline."""
     return (
         "pip install alpaca_eval && alpaca_eval --annotators_config weighted_alpaca_eval_gpt4_turbo"
         f" --model_outputs {out}/model-T{temperature:g}.json"
-        + (f" --reference_outputs {args.baseline}" if args.baseline else "")
+        + (f" --reference_outputs {reference}" if reference else "")
         + f" --output_path {out}/gpt4-T{temperature:g}"
     )
 
@@ -683,9 +854,10 @@ def flags() -> Parser:
     add("--score_discriminators", metavar="FILE", help="a run's discriminators.pt; adds columns")
     add("--annotations", metavar="FILE", help="what --judge annotations reads")
     add("--alpaca_data", metavar="DIR", help=f"AlpacaEval's files [{ALPACA} on the Hub]")
-    add("--chat_template", help="a jinja file [the tokenizer's own]")
+    add("--chat_template", help="a jinja file for --model and --baseline [the tokenizer's own]")
     add("--temperatures", type=at_least_0, nargs="+", default=[0.0, 0.5, 0.7, 1.0, 1.2, 1.5],
         help="[0 0.5 0.7 1.0 1.2 1.5]")
+    add("--strip_thinking", action="store_true", help="judge answers without their thinking [with]")
     add("--samples", type=count, default=1, help="answers per prompt [1]")
     add("--top_k", type=natural, default=0, help="draw from the k most probable tokens [0: all]")
     add("--top_p", type=fraction, default=1.0, help="draw from this share of probability [1]")
@@ -694,7 +866,7 @@ def flags() -> Parser:
     add("--dtype", choices=DTYPES, help="of all models [bfloat16 on a GPU, else float32]")
     add("--seed", type=natural, help="of sampling, and the miniature's world [its run's; else 0]")
     add("--timeout", type=positive, default=3600, help="seconds to wait for another rank [3600]")
-    add("--out", help="folder [eval-PROMPTS-JUDGE beside the model's]")
+    add("--out", help="folder [beside the model's, named by model, prompts, judge and baseline]")
     # fmt: on
     return parser
 
@@ -720,11 +892,13 @@ def parse_args(argv: list[str]):
         raise InputError("--judge gpt4 needs --prompts alpaca_eval")
     if len(set(args.temperatures)) < len(args.temperatures):
         raise InputError("--temperatures: a value is given twice")
+    if args.samples > 1 and not any(args.temperatures):
+        raise InputError(
+            f"--samples {args.samples}: at temperature 0 all answers to a prompt are equal; leave"
+            " --samples out, or pass other --temperatures"
+        )
     args.dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
-    if not args.out:
-        folder = Path(args.model)
-        folder = folder.parent if folder.is_dir() else Path("out") / folder.name
-        args.out = str(folder / f"eval-{Path(args.prompts).stem}-{args.judge}")
+    args.out = args.out or default_out(args)
     if args.prompts == "mini":
         from miniature import world  # imported only where it is used
 
@@ -738,6 +912,48 @@ def parse_args(argv: list[str]):
     if args.baseline == args.model:
         args.baseline = None
     return args
+
+
+def default_out(args) -> str:
+    """Returns the folder for the answers of --model, another one for every model and --baseline.
+
+    It lies beside the model's folder, or in out/ for a Hub id.
+    """
+    folder, name = Path(args.model), short_name(args.model)
+    what = f"{Path(args.prompts).stem}-{args.judge}"
+    if args.baseline:
+        what += f"-vs-{short_name(args.baseline)}"
+    if not folder.is_dir():
+        return str(Path("out", name, f"eval-{what}"))
+    is_run = folder.resolve().name == "hf"  # then its parent has the name
+    return str(folder.parent / (f"eval-{what}" if is_run else f"eval-{name}-{what}"))
+
+
+def short_name(model: str) -> str:
+    """Returns a name for the folder or Hub id of a model, or for a file of outputs."""
+    path = Path(model)
+    if not path.exists():
+        return model.replace("/", "--")
+    path = path.resolve()
+    return path.parent.name if path.name == "hf" else path.name.split(".json")[0]
+
+
+def unused_flags(args, argv: list[str]) -> dict[str, list[str]]:
+    """Returns the given flags that this evaluation does not use, by the reason."""
+    given, greedy = given_flags(argv), "temperatures" in args and not any(args.temperatures)
+    of_draws = ["top_k", "top_p"] + ["seed"] * (not is_miniature(args.prompts, args.seed))
+    no_alpaca = "alpaca_eval" not in (args.prompts, args.baseline)
+    reasons = {
+        "--temperatures 0": (greedy, of_draws),
+        f"--prompts {args.prompts}": (no_alpaca and args.judge != "annotations", ["alpaca_data"]),
+        "the same --model": (args.baseline is None and args.judge != "annotations", ["baseline"]),
+    }
+    unused = {
+        reason: [f"--{name}" for name in names if name in given]
+        for reason, (holds, names) in reasons.items()
+        if holds
+    }
+    return {reason: names for reason, names in unused.items() if names}
 
 
 def world_of(model: str) -> int:
@@ -754,12 +970,16 @@ def main(argv: list[str] | None = None):
     """Runs the program with a command line, by default that of the process."""
     quiet()
     try:
-        args = parse_args(sys.argv[1:] if argv is None else argv)
+        argv = sys.argv[1:] if argv is None else argv
+        args = parse_args(argv)
         miniature = is_miniature(args.prompts, args.seed)
         with distributed.session(args.timeout, miniature) as device:
+            for reason, unused in unused_flags(args, argv).items():
+                print0(f"not used with {reason}: {', '.join(unused)}")
             if args.judge == "annotations":
                 results, scores = annotated(args)
             else:
+                args.day = distributed.from_rank_0(lambda: first_day(Path(args.out)), "--out")
                 build_miniature(args, partial(check_input, device=device))
                 results, scores = evaluate(args, device)
             out = Path(args.out)

@@ -14,10 +14,12 @@ models, or two temperatures, meet the same randomness, which makes their compari
 import cpu  # noqa: F401  must come before torch
 
 import hashlib
+import json
+import re
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import date, timedelta
 from functools import partial
 from typing import NamedTuple
 
@@ -26,12 +28,17 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 import distributed
-from data import ChatEncoder, InputError, user_chat
-from flags import Parser, at_least_0, count, natural, refuse
+from data import SURROGATE, ChatEncoder, InputError, input_error_for, user_chat
+from flags import Parser, at_least_0, count, given_flags, natural, refuse
 from policy import (
     check_token_ids,
     load_weights,
@@ -41,15 +48,17 @@ from policy import (
     read_tokenizer,
 )
 
+# how a chat template asks transformers for today's date
+TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 COMPACT_BELOW = 0.75  # with a smaller share of unfinished rows, finished ones leave the batch
 
 
 class Answer(NamedTuple):
-    """One answer of a model."""
+    """One answer of a model. Only the text is known of one that was read from a file."""
 
     text: str
-    tokens: int  # with the end of turn, if there is one
-    ended: bool  # False if the answer was cut off at max_new_tokens
+    tokens: int | None  # with the end of turn, if there is one
+    ended: bool | None  # False if the answer was cut off at max_new_tokens
 
 
 def uniforms(seed: int, prompt: list[int], sample: int, n: int) -> np.ndarray:
@@ -109,7 +118,7 @@ def generate(
     is told the progress every few seconds. Raises InputError if an answer could run past the
     model's positions; with cut_prompts a prompt that is too long loses its middle instead.
     """
-    prompts = [encoder.prompt_ids(messages) for messages in conversations]
+    prompts = prompts_to_ids(encoder, conversations)
     check_token_ids(prompts, lm.config)
     positions = positions_of(lm.config)
     if cut_prompts:
@@ -195,6 +204,47 @@ def write_batch(
     return answers
 
 
+def refuse_half_characters(text: str, where: str):
+    """Raises InputError if a text is no Unicode: no tokenizer reads half a surrogate pair."""
+    if not text.isascii() and SURROGATE.search(text):
+        raise InputError(f"{where} holds half a character (half of a surrogate pair)")
+
+
+def prompts_to_ids(encoder: ChatEncoder, conversations: list[list[dict]]) -> list[list[int]]:
+    """Returns the token ids of conversations, which end with a user's turn.
+
+    Raises InputError, which tells a conversation's number from 0, if one is no Unicode or if the
+    chat template refuses it.
+    """
+    found = []
+    for i, messages in enumerate(conversations):
+        for turn in messages:
+            refuse_half_characters(turn["content"], f"prompt {i}")
+        with input_error_for(f"prompt {i} is refused by the chat template"):
+            found.append(encoder.prompt_ids(messages))
+    return found
+
+
+def fix_day(tokenizer: PreTrainedTokenizerBase, day: date) -> bool:
+    """Makes a chat template that writes today's date write `day`; returns whether it is such a one.
+
+    Raises InputError if it writes the date in a way that is not known here.
+    """
+    template = tokenizer.chat_template
+    named = template if isinstance(template, dict) else {"default": template or ""}
+    fixed = {
+        k: TODAY.sub(lambda call: json.dumps(day.strftime(call[2])), v) for k, v in named.items()
+    }
+    if any("strftime_now(" in text for text in fixed.values()):
+        raise InputError(
+            "the chat template writes today's date in a way that is not known here, so two days"
+            " would give two prompts; pass one with a fixed date with --chat_template FILE"
+        )
+    if template:
+        tokenizer.chat_template = fixed if isinstance(template, dict) else fixed["default"]
+    return fixed != named
+
+
 def quiet():
     """Turns off the libraries' progress bars and warnings, which would stand between our lines."""
     transformers_logging.set_verbosity_error()
@@ -217,18 +267,23 @@ def main(argv: list[str] | None = None):
     """Runs the program with a command line, by default that of the process."""
     quiet()
     try:
-        args = parse_args(sys.argv[1:] if argv is None else argv)
-        read_any_config(args.model)
+        argv = sys.argv[1:] if argv is None else argv
+        args = parse_args(argv)
+        if args.temperature == 0 and "seed" in given_flags(argv):
+            print("not used with --temperature 0: --seed")
+        config, chats = read_any_config(args.model), [user_chat(p) for p in args.prompts]
         encoder = ChatEncoder(read_tokenizer(args.model, args.chat_template))
+        check_token_ids(prompts_to_ids(encoder, chats), config, f"--model {args.model}")
         settings = {k: getattr(args, k) for k in ("temperature", "max_new_tokens", "seed")}
         with distributed.session(timeout=600) as device:  # for the number of threads
             with model_error_for(f"--model {args.model}"):
                 lm = load_weights(AutoModelForCausalLM, args.model, dtype="auto").to(device)
-            answers = generate(lm, encoder, [user_chat(p) for p in args.prompts], **settings)
+            answers = generate(lm, encoder, chats, **settings)
     except (InputError, OSError) as error:
         refuse("generate.py", error)
     for prompt, answer in zip(args.prompts, answers, strict=True):
-        print(f"{prompt}\n    {answer.text}")
+        cut = "" if answer.ended else f" [cut at --max_new_tokens {args.max_new_tokens}]"
+        print(f"{prompt}\n    {answer.text}{cut}")
 
 
 if __name__ == "__main__":

@@ -380,4 +380,4 @@ def final_lines(rows: list[dict]) -> str:
             f"  {ref['temperature']:3.1f}   {ref['strict_acc']:9.1f} {policy['strict_acc']:7.1f}"
             f" {strict}   {ref['mean_score']:12.3f} {policy['mean_score']:7.3f} {gold}"
         )
-    return "\n".join(lines)
+    return "\n".join(lines).replace("nan", "-")  # one prompt has no error

@@ -17,6 +17,7 @@ import copy
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -50,13 +51,14 @@ from flags import (
     Parser,
     count,
     fraction,
+    given_flags,
     natural,
     number,
     positive,
     refuse,
     world_folder,
 )
-from generate import quiet
+from generate import fix_day, quiet
 from losses import bradley_terry_loss, share_above_0
 from packing import Packed, batch_indices, pack, plan_forwards
 from policy import (
@@ -102,54 +104,93 @@ def is_classifier(config: PretrainedConfig) -> bool:
     return any("SequenceClassification" in name for name in config.architectures or ())
 
 
-def read_reward_model(name: str, flag: str = "--reward_model") -> tuple:
+def read_reward_model(name: str, flag: str = "--reward_model", day: date | None = None) -> tuple:
     """Returns ChatEncoder and config of a reward model, a folder or Hub id; reads no weight.
 
-    Raises InputError, which begins with `flag`, if it is not a sequence classifier with one label.
+    A chat template that writes today's date writes `day`. Raises InputError, which begins with
+    `flag`, if it is no sequence classifier with one label and a chat template.
     """
     config = read_any_config(name, flag)
     tokenizer = read_tokenizer(name, flag=flag)
     with input_error_for(f"{flag} {name}"):
-        encoder = ChatEncoder(tokenizer)
+        if not tokenizer.chat_template:  # --chat_template is for the models that write
+            raise InputError(
+                "its tokenizer has no chat template, by which prompt and answer become the text"
+                " that it scores; write the one it was trained with to chat_template.jinja in its"
+                " folder"
+            )
         if not is_classifier(config):
             raise InputError("not a reward model: it is no AutoModelForSequenceClassification")
         if config.num_labels != 1:
             raise InputError(f"not a reward model: it has {config.num_labels} labels, not one")
+        if config.is_encoder_decoder:
+            raise InputError("not supported: a reward model with an encoder and a decoder")
+        fix_day(tokenizer, day or date.today())
+        encoder = ChatEncoder(tokenizer)
     return encoder, config
 
 
 class RewardModel:
-    """Scores answers with a reward model, a folder or Hub id. Raises InputError if it is none."""
+    """Scores answers with a reward model, a folder or Hub id. Raises InputError if it is none.
 
-    def __init__(self, name: str, device: torch.device, dtype: torch.dtype = torch.float32):
-        self.encoder, _ = read_reward_model(name)
+    `day` is that of read_reward_model. A text has at most `positions` tokens.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        day: date | None = None,
+    ):
+        self.encoder, config = read_reward_model(name, day=day)
         with model_error_for(f"--reward_model {name}"):
             model = load_weights(AutoModelForSequenceClassification, name, dtype=dtype)
-            if not isinstance(getattr(model, "score", None), torch.nn.Linear):
-                kind = type(model).__name__
-                raise InputError(f"{kind} is not supported: its head is no linear layer `score`")
         self.model = model.to(device).eval()
+        text_config = model.config.get_text_config()
+        text_config.use_cache = False
+        if text_config.pad_token_id is None:
+            # some models then refuse several texts at once; here they never meet padding
+            model.config.pad_token_id = text_config.pad_token_id = -1
+        # RoBERTa and its kin count positions from padding_idx + 1
+        offsets = (
+            module.padding_idx + 1
+            for name, module in model.named_modules()
+            if name.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        )
+        self.positions = positions_of(config) - max(offsets, default=0)
+
+    def texts(self, conversations: list, answers: list[str]) -> list[list[int]]:
+        """Returns the token ids of whole texts; conversations end with a user's turn."""
+        return [
+            self.encoder.whole(messages, self.encoder.plain(answer))
+            for messages, answer in zip(conversations, answers, strict=True)
+        ]
+
+    def too_long(self, conversations: list, answers: list[str]) -> list[bool]:
+        """Returns for each answer whether score() does not read its text to the end."""
+        return [len(text) > self.positions for text in self.texts(conversations, answers)]
 
     @torch.inference_mode()
     def score(self, conversations: list, answers: list[str], batch_size: int = 32) -> list[float]:
-        """Returns the reward of each answer; conversations end with a user's turn.
+        """Returns the reward of each answer, the logit of the model's own forward.
 
-        A text that is longer than the model's positions loses its end.
+        A text that is longer than the model's positions loses its end. Only texts of equal length
+        are scored together: without padding there is no padding token that a model could read, and
+        every reward is that of the text alone.
         """
-        limit = positions_of(self.model.config)
-        texts = [
-            self.encoder.whole(messages, self.encoder.plain(answer))[:limit]
-            for messages, answer in zip(conversations, answers, strict=True)
-        ]
+        texts = [text[: self.positions] for text in self.texts(conversations, answers)]
         check_token_ids(texts, self.model.config, "the reward model")
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        rewards = [0.0] * len(texts)
-        for first in range(0, len(order), batch_size):
-            rows = order[first : first + batch_size]
-            h, mask = hidden_states(self.model, [texts[i] for i in rows])
-            scores = head(self.model, h[torch.arange(len(rows)), mask.sum(1) - 1])
-            for i, score in zip(rows, scores.tolist(), strict=True):
-                rewards[i] = score
+        of_length, rewards = {}, [0.0] * len(texts)
+        for i, text in enumerate(texts):
+            of_length.setdefault(len(text), []).append(i)
+        for rows in of_length.values():
+            for first in range(0, len(rows), batch_size):
+                some = rows[first : first + batch_size]
+                ids = torch.tensor([texts[i] for i in some], device=self.model.device)
+                for i, logit in zip(some, self.model(ids).logits[:, 0].tolist(), strict=True):
+                    rewards[i] = logit
         return rewards
 
 
@@ -320,6 +361,8 @@ def parse_args(argv: list[str]):
     args.max_length = args.max_length or (2048 if own else 256)
     args.model = args.model or str(world / "model")
     args.dataset = args.dataset or str(world / "train.jsonl")
+    if "keep" in given_flags(argv) and not args.save_every:
+        raise InputError("--keep needs --save_every: without it no state is written")
     return args
 
 

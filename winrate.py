@@ -3,29 +3,46 @@
 A score row, as eval_alpaca.py writes it, is a dict about one answer: prompt (the prompt's number),
 length and length_baseline (characters of the two answers), and what a judge has given: win against
 the baseline (1, 0, or 1/2 for a tie), score, strict and loose. A key that the judge has no value
-for is absent or None.
+for is absent or None. The keys of NOTICED say what was cut, the same with _baseline for the
+baseline's answer; they are None where it is not known.
 """
 
 from collections.abc import Callable
+from operator import itemgetter
 
 import numpy as np
 
+NOTICED = {  # what a score row says beside its scores; results.json has the numbers of answers
+    "cut_answer": "answers cut at --max_new_tokens",
+    "cut_prompt": "answers to a prompt whose middle was left out",
+    "cut_text": "texts longer than the positions of what scores them, which did not read their end",
+    "thinking": "answers that think aloud",
+    "empty": "empty answers",
+}
 RESULT_COLUMNS = (
-    "model baseline judge temperature seed n win_rate win_rate_se lc_win_rate mean_score"
-    " mean_score_se strict_acc strict_acc_se loose_acc loose_acc_se avg_length"
-).split()
+    "model baseline judge temperature seed strip_thinking n unjudged win_rate win_rate_se"
+    " lc_win_rate mean_score mean_score_se strict_acc strict_acc_se loose_acc loose_acc_se"
+    " avg_length"
+).split() + [key + whose for key in NOTICED for whose in ("", "_baseline")]
 # The official fit chooses its L1 penalty by cross-validation over random folds. This one lands
 # within 0.01 points of the published rates of FuseChat-1B, GPT-3.5-0301 and Vicuna-13B.
 L1 = 0.37
+LEAST_N = 100  # prompts of a length-controlled rate; docs/evaluation.md says why
+VERDICTS = {  # what a judge gives, the rate it is counted in, and that rate's scale
+    "win": ("win_rate", 100),
+    "score": ("mean_score", 1),
+    "strict": ("strict_acc", 100),
+    "loose": ("loose_acc", 100),
+}
 
 
 def standard_error(values: np.ndarray) -> np.ndarray:
     """Returns the standard error of the mean over the first axis of values (n, ...).
 
-    The n values are independent. A single value gives 0.
+    The n values are independent. A single value has no error: the result is nan.
     """
     n = len(values)
-    return values.std(0, ddof=1) / n**0.5 if n > 1 else 0 * values[0]
+    return values.std(0, ddof=1) / n**0.5 if n > 1 else np.nan * values[0]
 
 
 def mean_and_error(
@@ -34,7 +51,7 @@ def mean_and_error(
     """Returns mean and standard error of a key of score rows, both times scale.
 
     The answers to one prompt are averaged first, so the error is that over prompts. Rows without
-    the key are left out; if no row has it, both numbers are None.
+    the key are left out; if no row has it, both numbers are None. One prompt alone has no error.
     """
     values = {}
     for row in rows:
@@ -43,7 +60,7 @@ def mean_and_error(
     means = scale * np.array([np.mean(v) for v in values.values()])
     if not len(means):
         return None, None
-    return float(means.mean()), float(standard_error(means))
+    return float(means.mean()), float(standard_error(means)) if len(means) > 1 else None
 
 
 def length_controlled(
@@ -103,23 +120,25 @@ def summary(rows: list[dict], control: Callable = length_controlled, **settings)
     """Returns a row of results.json: the answers of one model at one temperature.
 
     rows are score rows. control(win (n,), delta (n,)) gives the length-controlled win rate in
-    percent. settings are the columns that do not follow from rows, such as model and judge.
+    percent. settings are the columns that do not follow from rows, such as model and judge. n is
+    the number of prompts with a verdict, or of all where the judge gives none here.
     """
-    result = dict.fromkeys(RESULT_COLUMNS) | settings | {"n": len({r["prompt"] for r in rows})}
-    for name, key, scale in (
-        ("win_rate", "win", 100),
-        ("mean_score", "score", 1),
-        ("strict_acc", "strict", 100),
-        ("loose_acc", "loose", 100),
-    ):
+    result = dict.fromkeys(RESULT_COLUMNS) | settings
+    prompts = {r["prompt"] for r in rows}
+    given = (r["prompt"] for r in rows if any(r.get(k) is not None for k in VERDICTS))
+    judged = {*given} or prompts
+    result |= {"n": len(judged), "unjudged": len(prompts - judged)}
+    for key, (name, scale) in VERDICTS.items():
         result[name], result[f"{name}_se"] = mean_and_error(rows, key, scale)
-    if result["win_rate"] is not None:
-        compared = [r for r in rows if r["win"] is not None]
-        delta = [r["length_baseline"] - r["length"] for r in compared]
-        result["lc_win_rate"] = control(
-            np.array([r["win"] for r in compared]), np.array(delta, dtype=float)
-        )
+    compared = [r for r in rows if r.get("win") is not None]
+    win = np.array([r["win"] for r in compared])
+    delta = np.array([r["length_baseline"] - r["length"] for r in compared], dtype=float)
+    if len({r["prompt"] for r in compared}) >= LEAST_N and np.ptp(win) and np.ptp(delta):
+        result["lc_win_rate"] = control(win, delta)
     result["avg_length"] = float(np.mean([r["length"] for r in rows]))
+    for key in (key + whose for key in NOTICED for whose in ("", "_baseline")):
+        known = [bool(r[key]) for r in rows if r.get(key) is not None]
+        result[key] = sum(known) if known else None
     return result
 
 
@@ -147,4 +166,50 @@ def table(results: list[dict]) -> str:
         )
         if row["loose_acc"] is not None:
             lines[-1] += f"  loose {show(row, 'loose_acc', 1, 0)}"
-    return "\n".join(lines)
+    return "\n".join(lines + remarks(results))
+
+
+def remarks(results: list[dict]) -> list[str]:
+    """Returns lines about what the numbers of results.json's rows hide; none where that is
+    nothing."""
+    lines = []
+
+    def add(text: str, value_of: Callable):
+        """Adds a line with value_of(row) of each row, unless it is 0 or None everywhere."""
+        temperatures = {}
+        for row in results:
+            if value := value_of(row):
+                at = [] if row["temperature"] is None else [f"T {row['temperature']:g}"]
+                temperatures.setdefault(value, []).extend(at)
+        if temperatures:
+            values = (f"{v} ({', '.join(at)})" if at else f"{v}" for v, at in temperatures.items())
+            lines.append(f"{text}: {', '.join(values)}")
+
+    thoughts = {True: "left out", False: "judged, too: see --strip_thinking", None: "judged, too"}
+    thoughts = thoughts[results[0]["strip_thinking"]]
+    for key, words in NOTICED.items():
+        words += f" (their thinking is {thoughts})" if key == "thinking" else ""
+        add(words, itemgetter(key))
+        add(f"of the baseline, {words}", itemgetter(f"{key}_baseline"))
+    add("prompts left out, because they have no verdict", itemgetter("unjudged"))
+    add("no length-controlled rate", without_control)
+    add("WARNING: the length-controlled rate is far from the win rate", far_apart)
+    return lines
+
+
+def without_control(row: dict) -> str | None:
+    """Returns why a row of results.json has a win rate, but no length-controlled one."""
+    if row["win_rate"] is None or row["lc_win_rate"] is not None:
+        return None
+    if row["n"] < LEAST_N:
+        return f"{row['n']} prompts are fewer than {LEAST_N}"
+    return "all preferences, or all differences in length, are equal"
+
+
+def far_apart(row: dict) -> str | None:
+    """Returns both rates of a row of results.json if they are so far apart that AlpacaEval warns:
+    by more than 10 points and by more than a quarter of the room on that side."""
+    win, lc = row["win_rate"], row["lc_win_rate"]
+    if lc is None or abs(lc - win) <= max(10, (win if lc < win else 100 - win) / 4):
+        return None
+    return f"{lc:.1f} and {win:.1f}"

@@ -48,21 +48,20 @@ import reward_model
 import train_ganpo
 from checkpoint import check_out_dir, claim_with_config, write_synced
 from data import (
-    SURROGATE,
     ChatEncoder,
     InputError,
     RowFault,
     Triplet,
     counts,
+    filled,
     input_error_for,
     json_lines,
     load_pairs,
     read_rows,
     to_messages,
-    user_chat,
 )
 from distributed import print0, share_out
-from eval_alpaca import Prompt, Writer, judge_mini
+from eval_alpaca import Prompt, Writer, first_day, judge_mini
 from flags import (
     DTYPES,
     Parser,
@@ -76,7 +75,7 @@ from flags import (
     refuse,
     world_folder,
 )
-from generate import quiet
+from generate import quiet, refuse_half_characters
 from losses import bradley_terry_loss
 from miniature.world import read_tasks
 from policy import check_token_ids, read_model_config, read_tokenizer
@@ -152,22 +151,31 @@ def best_and_worst(texts: list[str], rewards: list[float]) -> tuple[str, str]:
 # ---------------------------------------------------------------------- a round
 
 
-def read_golden(path: str) -> dict[str, str]:
-    """Returns golden answers by prompt, the first one where a prompt occurs twice.
+def read_golden(path: str) -> tuple[list[Prompt], list[str]]:
+    """Returns prompts and their golden answers, the first one where a prompt occurs twice.
 
-    A row has prompt and golden; rows of the miniature have a solution instead of golden. Raises
-    InputError for a row without them.
+    A row has a prompt (or query, as APO's own converter calls it), which may be a text, one of
+    hh-rlhf's turns, or a chat, and a golden answer (or solution, as the miniature's rows call it).
+    Raises InputError for a row without them.
     """
     golden = {}
     for i, row in enumerate(read_rows(path, "train")):
-        row = dict(row) if isinstance(row, dict) else {}
-        row.setdefault("golden", row.get("solution"))
-        for key in ("prompt", "golden"):
-            text = row.get(key)
-            if not isinstance(text, str) or not text.strip() or SURROGATE.search(text):
-                raise InputError(f"--golden {path}: row {i} has no text {key!r}")
-        golden.setdefault(row["prompt"], row["golden"])
-    return golden
+        row = row if isinstance(row, dict) else {}
+        pair = {"prompt": row.get("query")} | row
+        pair["chosen"] = row.get("golden", row.get("solution"))
+        for key, names in (("prompt", "prompt or query"), ("chosen", "golden or solution")):
+            if not filled(pair[key]):
+                raise InputError(f"--golden {path}: row {i} has no {names}: {', '.join(row)}")
+        pair["rejected"] = f"{pair['chosen']}."  # any other answer makes it preference data
+        try:
+            chat, answer, _ = to_messages(pair)
+        except RowFault as reason:
+            raise InputError(f"--golden {path}: row {i}: {reason}") from None
+        for text in (answer, *(turn["content"] for turn in chat)):
+            refuse_half_characters(text, f"--golden {path}: row {i}")
+        prompt = Prompt.of(chat, "golden", row)
+        golden.setdefault(prompt.instruction, (prompt, answer))
+    return [prompt for prompt, _ in golden.values()], [answer for _, answer in golden.values()]
 
 
 def once(path: Path, compute: Callable):
@@ -203,12 +211,10 @@ class Game:
         self.human, self.held_out = human.triplets, held_out.triplets
         texts = (ids for t in self.human + self.held_out for ids in t[:3])
         check_token_ids(texts, self.config, f"--model {args.model}")
-        golden = list(read_golden(args.golden).items())
+        prompts, golden = read_golden(args.golden)
         n = min(args.prompts, len(golden) // 2)
-        golden = golden[: 2 * n]
         # the reward model's prompts, with golden answers, and then the LLM's [choice 27]
-        self.prompts = [Prompt(prompt, "golden", {}) for prompt, _ in golden]
-        self.golden = [answer for _, answer in golden[:n]]
+        self.prompts, self.golden = prompts[: 2 * n], golden[:n]
         self.human = self.without_llms_prompts(self.human)
         m = len(self.human)
         if min(n, m) < args.batch_size:
@@ -219,14 +225,15 @@ class Game:
             tasks = read_tasks(args.exam) if args.exam else []
         self.exam = [Prompt(task.prompt, "exam", task._asdict()) for task in tasks]
         exam = [p.instruction for p in self.exam]
-        seen = [human.fingerprint, held_out.fingerprint, golden, exam, self.tokenizer.chat_template]
+        asked = [p.instruction for p in self.prompts], self.golden
+        seen = [human.fingerprint, held_out.fingerprint, asked, exam, self.tokenizer.chat_template]
         self.fingerprint = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
 
     def without_llms_prompts(self, human: list[Triplet]) -> list[Triplet]:
         """Returns the human pairs whose prompts are not among the LLM's; prints how many are."""
         rows = read_rows(self.args.human, "train")
-        llms = {p.instruction for p in self.prompts[len(self.golden) :]}
-        kept = [t for t in human if to_messages(rows[t.row])[0][-1]["content"] not in llms]
+        llms = {json.dumps(p.messages) for p in self.prompts[len(self.golden) :]}
+        kept = [t for t in human if json.dumps(to_messages(rows[t.row])[0]) not in llms]
         left_out = len(human) - len(kept)
         print0(f"human pairs: {left_out} of {len(human)} are about the LLM's prompts and left out")
         return kept
@@ -243,15 +250,11 @@ class Game:
         distributed.from_rank_0(lambda: out.mkdir(parents=True, exist_ok=True), "--out_dir")
         settings = dict(seed=args.seed, chat_template=args.chat_template, dtype=args.dtype)
         settings |= dict(max_new_tokens=args.max_new_tokens, batch_size=128, samples=samples)
-        settings |= dict(top_k=0, top_p=1.0) | decoding
-        writer = Writer(str(model), "--model", Namespace(**settings), self.device)
-        texts = writer.answers(prompts, temperature, out, "model")
-        rows = read_rows(str(out / f"model-T{temperature:g}.jsonl"), "train")
-        ended = [row["ended"] for row in rows]
-        return [
-            [text for s, text in enumerate(of_prompt) if ended[i * samples + s]]
-            for i, of_prompt in enumerate(texts)
-        ]
+        settings |= dict(top_k=0, top_p=1.0, strip_thinking=False) | decoding
+        day = distributed.from_rank_0(lambda: first_day(out), "--out_dir")
+        writer = Writer(str(model), "--model", Namespace(**settings), self.device, day)
+        answers = writer.answers(prompts, temperature, out, "model")
+        return [[answer.text for answer in of_prompt if answer.ended] for of_prompt in answers]
 
     def game_pairs(self, samples: list[list[str]]) -> list[Triplet]:
         """Returns pairs with the golden answer as chosen and each sample as rejected.
@@ -260,7 +263,7 @@ class Game:
         """
         triplets, notes, dropped = [], Counter(), Counter()
         for prompt, gold, texts in zip(self.prompts, self.golden, samples, strict=False):
-            messages = user_chat(prompt.instruction)
+            messages = prompt.messages
             for text in texts:
                 answers = gold, self.encoder.plain(text)
                 try:
@@ -294,9 +297,7 @@ class Game:
     def rewards(self, folder: Path, samples: list[list[str]]) -> list[list[float]]:
         """Returns rewards of the samples to the LLM's prompts, by the reward model in a folder."""
         scorer = RewardModel(str(folder / "hf"), self.device, DTYPES[self.args.dtype])
-        asked = [
-            (user_chat(p.instruction), text) for p, texts in self.of_llm(samples) for text in texts
-        ]
+        asked = [(p.messages, text) for p, texts in self.of_llm(samples) for text in texts]
         found = share_out(
             asked, lambda part: scorer.score(*zip(*part, strict=True)) if part else []
         )
@@ -323,7 +324,8 @@ class Game:
             if best_only and (worst.strip() == best.strip() or not usable(worst)):
                 worst = "." if best.strip() != "." else ".."
             if usable(best) and usable(worst) and best.strip() != worst.strip():
-                rows.append({"prompt": prompt.instruction, "chosen": best, "rejected": worst})
+                asked = prompt.chat or prompt.instruction
+                rows.append({"prompt": asked, "chosen": best, "rejected": worst})
         return rows
 
     def align(self, policy: Path, k: int, folder: Path) -> bool:
@@ -366,6 +368,11 @@ class Game:
         samples = self.answers(
             policy, self.prompts, folder / "answers", args.temperature, args.samples
         )
+        if not any(samples):
+            raise InputError(
+                f"{folder}: no answer of the LLM ended within --max_new_tokens"
+                f" {args.max_new_tokens}, and answers that were cut are not used; pass a larger one"
+            )
         distributed.from_rank_0(lambda: reward.mkdir(exist_ok=True), "--out_dir")
         learn = partial(self.train_reward, variant, samples, reward)
         accuracy, ece = accuracy_and_ece(once(reward / "margins.json", learn))
@@ -373,6 +380,12 @@ class Game:
         rewards = once(folder / "rewards.json", partial(self.rewards, reward, samples))
         distributed.free_memory()
         rows = self.pairs(samples, rewards)
+        if len(rows) < args.batch_size:
+            raise InputError(
+                f"--batch_size {args.batch_size}: only {len(rows)} of {len(self.prompts)} prompts"
+                f" have two different answers that ended within --max_new_tokens"
+                f" {args.max_new_tokens} ({folder})"
+            )
         text = json_lines(rows)
         distributed.from_rank_0(lambda: write_synced(folder / "pairs.jsonl", text), "--out_dir")
         if self.align(policy, k, folder):

@@ -15,6 +15,7 @@ import random
 import re
 import shutil
 import sys
+from datetime import date
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -29,15 +30,19 @@ from transformers import (
 )
 
 import eval_alpaca
+import generate as generate_py
+import report
 import reward_model
 import winrate
 from checkpoint import load_discriminators
 from data import ChatEncoder, InputError, load_pairs, user_chat
-from generate import generate
+from generate import Answer, generate
 from helpers import (
+    CHAT,
     LN2,
     ROOT,
     SHARED,
+    VOCAB,
     command,
     json_of,
     lines_of,
@@ -209,9 +214,13 @@ def test_reordered_and_missing_annotations_keep_their_own_difficulties(alpaca, t
     "change, message",
     [
         (dict(instruction="No such thing."), "row 3: not one of AlpacaEval's instructions"),
-        (dict(preference=None), r"row 3: preference None is not in \[1, 2\]"),
+        (dict(preference="none"), r"row 3: preference 'none' is not in \[1, 2\]"),
         (dict(preference=0.4), r"row 3: preference 0.4 is not in \[1, 2\]"),
         (dict(output_2=None), "row 3: no text as output_2"),
+        (dict(output_2="\ud83d"), "row 3 holds half a character"),
+        (dict(output_1=7), "row 3: no text as output_1"),
+        (dict(generator_1="another"), "row 3: no output_1, the answer of 'another'"),
+        (dict(generator_2="yours"), "several values of generator_2: .'mine', 'yours'"),
         (0, "row 3: .* twice"),
     ],
 )
@@ -220,6 +229,40 @@ def test_annotations_that_cannot_be_used_are_named(change, message, alpaca, tmp_
     rows[3] = rows[0] if change == 0 else rows[3] | change
     with pytest.raises(SystemExit, match=rf"^eval_alpaca.py: --annotations .*{message}"):
         annotate(write_lines(tmp_path / "x.jsonl", rows), tmp_path / "out", alpaca)
+
+
+def test_annotations_without_a_preference_are_left_out_and_counted(alpaca, tmp_path, capsys):
+    rows = own_annotations(alpaca)
+    for i, preference in ((3, None), (500, float("nan")), (700, 0)):
+        rows[i]["preference"] = preference
+    found = annotate(write_lines(tmp_path / "x.jsonl", rows), tmp_path, alpaca)
+    printed = capsys.readouterr().out
+    assert "prompts left out, because they have no verdict: 2\n" in printed
+    rows[700]["preference"] = 1.5  # as which AlpacaEval reads 0
+    rows = [r for i, r in enumerate(rows) if i not in (3, 500)]
+    wins = np.array([r["preference"] - 1 for r in rows])
+    assert (found["n"], found["unjudged"]) == (803, 2)
+    assert found["win_rate"] == pytest.approx(100 * wins.mean())
+    assert found["win_rate_se"] == pytest.approx(100 * wins.std(ddof=1) / 803**0.5)
+    assert abs(found["lc_win_rate"] - naive_length_controlled(alpaca, rows)) < 1e-6
+    scores = lines_of(tmp_path / "scores.jsonl")
+    assert len(scores) == 805 and scores[3]["win"] is None and scores[700]["win"] == 0.5
+
+
+def test_annotations_against_another_baseline_have_its_name_and_lengths(alpaca, tmp_path, capsys):
+    rows = own_annotations(alpaca)
+    for row in rows:
+        row |= {"generator_1": "rival", "output_1": "<think>hm</think>" + "z" * 100}
+    found = annotate(write_lines(tmp_path / "x.jsonl", rows), tmp_path, alpaca)
+    assert (found["model"], found["baseline"]) == ("mine", "rival")
+    assert {s["length_baseline"] for s in lines_of(tmp_path / "scores.jsonl")} == {117}
+    assert (found["thinking"], found["thinking_baseline"]) == (0, 805)
+    said = "of the baseline, answers that think aloud (their thinking is judged, too): 805\n"
+    assert said in capsys.readouterr().out
+    for row in rows:  # against itself: 50, as officially
+        row |= {"generator_1": "mine", "preference": 1.5}
+    found = annotate(write_lines(tmp_path / "y.jsonl", rows), tmp_path / "y", alpaca)
+    assert found["win_rate"] == found["lc_win_rate"] == 50
 
 
 def test_the_logistic_fit_is_a_minimum_of_the_penalised_cross_entropy():
@@ -269,7 +312,8 @@ def test_errors_are_over_prompts_not_over_their_samples():
     of_prompts = np.array([50.0, 100, 0])
     assert (mean, error) == (50, of_prompts.std(ddof=1) / 3**0.5)
     assert winrate.mean_and_error(rows, "y") == (None, None)
-    assert winrate.mean_and_error(rows[:1], "x") == (1.0, 0.0)
+    assert winrate.mean_and_error(rows[:1], "x") == (1.0, None)
+    assert np.isnan(winrate.standard_error(of_prompts[:1]))
 
 
 def test_a_summary_has_every_column_and_the_table_shows_them_together():
@@ -285,8 +329,59 @@ def test_a_summary_has_every_column_and_the_table_shows_them_together():
     assert row["mean_score"] == 0.6875 and row["loose_acc"] is None
     text = winrate.table([row])
     assert "judge mini, model m, baseline b" in text
-    lc, error = f"{row['lc_win_rate']:.1f}", f"{row['win_rate_se']:.1f}"
-    assert re.search(rf"0.7 +4 +62.5 \+- {error} +{lc} +0.688 \+- 0.1\d+ +50.0 \+- 28.9 +12$", text)
+    error = f"{row['win_rate_se']:.1f}"
+    line = rf"0.7 +4 +62.5 \+- {error} +- +0.688 \+- 0.1\d+ +50.0 \+- 28.9 +12$"
+    assert re.search(line, text, re.MULTILINE)
+    assert text.endswith("no length-controlled rate: 4 prompts are fewer than 100 (T 0.7)")
+    assert all(len(line) <= 100 for line in text.splitlines())
+
+
+def score_rows(win, length, n=100, **more):
+    return [
+        {"prompt": i, "win": win(i), "length": length(i), "length_baseline": 50} | more
+        for i in range(n)
+    ]
+
+
+@pytest.mark.parametrize(
+    "rows, why",
+    [
+        (score_rows(lambda i: i % 2, lambda i: i, n=99), "99 prompts are fewer than 100"),
+        (score_rows(lambda i: 0.5, lambda i: i), "all preferences, or all differences in length,"),
+        (score_rows(lambda i: 0, lambda i: i), "all preferences, or all differences in length,"),
+        (
+            score_rows(lambda i: i % 2, lambda i: 9),
+            "all preferences, or all differences in length,",
+        ),
+    ],
+)
+def test_no_length_controlled_rate_where_the_answers_cannot_carry_one(rows, why):
+    row = winrate.summary(rows, temperature=0.7, judge="rm", model="m")
+    assert row["win_rate"] is not None and row["lc_win_rate"] is None
+    assert f"no length-controlled rate: {why}" in winrate.table([row])
+    assert winrate.summary(rows * 2)["lc_win_rate"] is None  # more samples are not more prompts
+    enough = score_rows(lambda i: i % 2, lambda i: i)
+    assert winrate.summary(enough)["lc_win_rate"] is not None
+
+
+def test_rates_that_are_far_apart_are_warned_of_as_alpaca_eval_does():
+    def warned(win, lc):
+        row = dict.fromkeys(winrate.RESULT_COLUMNS) | {"n": 805, "model": "m", "judge": "rm"}
+        text = winrate.table([row | {"win_rate": win, "lc_win_rate": lc, "temperature": 1.0}])
+        return f"far from the win rate: {lc:.1f} and {win:.1f} (T 1)" in text
+
+    # by more than 10 points and by more than a quarter of the room
+    assert warned(54.4, 36.5) and warned(20, 9) and warned(20, 41)
+    assert not (warned(20, 11) or warned(20, 39) or warned(50, 38) or warned(50, 62))
+    assert warned(50, 37) and warned(50, 63) and not warned(9.6, 18.1)
+
+
+def test_one_prompt_has_no_error_anywhere():
+    row = winrate.summary(score_rows(lambda i: 1, lambda i: 5, n=1, score=0.5, strict=1.0))
+    assert [row[k] for k in row if k.endswith("_se")] == [None] * 4 and row["win_rate"] == 100
+    verdicts = [world.Verdict(1, 1.0)]
+    lines = report.final_lines(report.compare(0.7, verdicts, verdicts))
+    assert "nan" not in lines and re.search(r"100.0 +100.0 +\+0.0 \+- - ", lines)
 
 
 # ---------------------------------------------------------------------- the program
@@ -347,6 +442,171 @@ def test_scores_and_rates_are_those_of_each_answer_judged_by_itself(exam, tmp_pa
     assert "judge mini" in printed and printed.count("+-") == 7  # the legend's and 3 of each row
 
 
+def test_answers_that_were_cut_are_counted_everywhere(exam, tmp_path, capsys, monkeypatch):
+    def write(lm, encoder, chats, **settings):
+        return [Answer(f"a{i}", 3, i % 3 > 0) for i in range(len(chats) * settings["samples"])]
+
+    monkeypatch.setattr(eval_alpaca, "generate", write)
+    results, scores = examine(exam, tmp_path, f"--baseline={exam / 'other'}", "--batch_size=12")
+    assert [s["cut_answer"] for s in scores] == [True, False, False] * 8
+    assert (
+        [r["cut_answer"] for r in results] == [r["cut_answer_baseline"] for r in results] == [4] * 2
+    )
+    printed = capsys.readouterr().out
+    assert "\nanswers cut at --max_new_tokens: 4 (T 0, T 0.7)\n" in printed
+    assert "\nof the baseline, answers cut at --max_new_tokens: 4 (T 0, T 0.7)\n" in printed
+    file = f"--baseline={tmp_path / 'baseline-T0.json'}"  # which does not say what was cut
+    results, _ = examine(exam, tmp_path / "b", file, "--batch_size=12")
+    assert [r["cut_answer_baseline"] for r in results] == [None] * 2
+    assert [r["cut_text"] for r in results] == [None] * 2  # no model reads the texts
+
+
+THOUGHTS = (  # answers, and what is left of them
+    ("<think>\nA thing.\n</think>\n\nA kite.", "A kite."),
+    ("A kite.", "A kite."),
+    ("<think>\nA thing, but", ""),
+)
+
+
+@pytest.mark.parametrize("strip", [False, True])
+def test_thinking_is_counted_and_judged_or_left_out(strip, exam, tmp_path, capsys, monkeypatch):
+    judged = []
+    monkeypatch.setattr(eval_alpaca, "generate", lambda lm, encoder, chats, **settings: [
+        Answer(THOUGHTS[i % 3][0], 3, i % 3 < 2) for i in range(len(chats))])  # fmt: skip
+    monkeypatch.setattr(eval_alpaca, "judge_mini", lambda prompts, texts: judged.append(texts) or [
+        {"score": len(text)} for text in texts])  # fmt: skip
+    rows = [{"instruction": t.prompt, "output": THOUGHTS[0][0], "generator": "g"}
+            for t in world.read_tasks(exam / "prompts.jsonl")]  # fmt: skip
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    more = ["--batch_size=12", "--temperatures", "0", f"--baseline={tmp_path / 'b.json'}"]
+    (row,), scores = examine(exam, tmp_path, *more, *["--strip_thinking"] * strip)
+    texts = [of[strip] for of in THOUGHTS] * 4
+    assert judged == [texts, [THOUGHTS[0][strip]] * 12]
+    assert [s["length"] for s in scores] == list(map(len, texts))
+    assert {s["length_baseline"] for s in scores} == {len(THOUGHTS[0][strip])}
+    assert [s["thinking"] for s in scores] == [len(a) - len(b) for a, b in THOUGHTS] * 4
+    assert (row["thinking"], row["thinking_baseline"], row["strip_thinking"]) == (8, 12, strip)
+    assert (row["empty"], row["empty_baseline"]) == (4 * strip, 0)
+    assert [o["output"] for o in json_of(tmp_path / "model-T0.json")] == texts
+    said = "left out" if strip else "judged, too: see --strip_thinking"
+    printed = capsys.readouterr().out
+    assert f"\nanswers that think aloud (their thinking is {said}): 8 (T 0)\n" in printed
+    assert ("\nempty answers: 4 (T 0)\n" in printed) == strip
+
+
+def test_thinking_that_the_prompt_opens_ends_in_the_answer_or_is_all_of_it():
+    opened, split = "<think>\n", eval_alpaca.split_answer
+    assert split("A thing.\n</think>\n\nA kite.", True, opened)[1] == "A kite."
+    assert split("A thing, but", True, opened) == ("A thing, but", "")
+    assert split("A thing, but", False, opened) == ("A thing, but", "A thing, but")
+    assert split("A kite.", True) == split("A kite.", True, "<think>\n\n</think>\n\n")
+    assert split("A kite.", True) == ("", "A kite.")
+
+
+DATED = CHAT.replace("<s>", "<s>{{ strftime_now('%d %b %Y') }}\n", 1)
+
+
+def test_an_evaluation_keeps_the_date_of_its_first_day(exam, tmp_path, capsys, monkeypatch):
+    def on(day, out, *temperatures):
+        today = type("date", (date,), {"today": classmethod(lambda cls: cls(2026, 11, day))})
+        monkeypatch.setattr(eval_alpaca, "date", today)
+        return examine(tmp_path, out, at, other, "--temperatures", *temperatures)
+
+    for name in ("model", "other"):
+        shutil.copytree(exam / name, tmp_path / name)
+        (tmp_path / name / "chat_template.jinja").write_text(DATED)
+    at, other = f"--prompts={exam / 'prompts.jsonl'}", f"--baseline={tmp_path / 'other'}"
+    straight = on(24, tmp_path / "a", "0", "0.7")
+    assert "the chat template writes the date, here always 2026-11-24\n" in capsys.readouterr().out
+    on(24, tmp_path / "b", "0")
+    assert on(25, tmp_path / "b", "0", "0.7") == straight
+    assert json_of(tmp_path / "b" / "baseline-T0.7.meta.json")["day"] == "2026-11-24"
+    assert on(25, tmp_path / "c", "0", "0.7") != straight
+    asked = DATED.replace("'%d %b %Y'", "'%d' ~ form")
+    (tmp_path / "model" / "chat_template.jinja").write_text(asked)
+    with pytest.raises(
+        SystemExit, match=r"--model \S+: the chat template writes today's date in a"
+    ):
+        on(25, tmp_path / "d", "0")
+
+
+SAID = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+NEXT = [*SAID, {"role": "user", "content": "Go."}]
+SYSTEM = {"role": "system", "content": "Rhyme."}
+
+
+@pytest.mark.parametrize(
+    "row, chat",
+    [
+        ({"instruction": " Go. "}, user_chat(" Go. ")),
+        ({"prompt": "Go."}, user_chat("Go.")),
+        ({"instruction": "Sum up.", "input": "A text."}, user_chat("Sum up.\n\nA text.")),
+        ({"instruction": "Go.", "input": ""}, user_chat("Go.")),
+        ({"instruction": "Go.", "system": "Rhyme."}, [SYSTEM, *user_chat("Go.")]),
+        ({"prompt": "Go.", "history": [["Hi.", "Hello."]]}, NEXT),
+        ({"messages": NEXT}, NEXT),
+        ({"prompt": [SYSTEM, *NEXT]}, [SYSTEM, *NEXT]),
+        ({"conversations": [{"from": "human", "value": "Go."}]}, user_chat("Go.")),
+        ({"prompt": "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: Go.\n\nAssistant:"}, NEXT),
+    ],
+)
+def test_a_row_of_prompts_is_read_whole(row, chat, tmp_path):
+    file = write_lines(tmp_path / "p.jsonl", [row | {"id": 7, "answer": "x", "tags": []}])
+    (prompt,), unread = eval_alpaca.read_prompts(SimpleNamespace(prompts=file, judge="rm"))
+    assert prompt.messages == chat and unread == ["answer"]
+    if len(chat) == 1:
+        assert prompt.instruction == chat[0]["content"]
+    else:
+        assert prompt.instruction.endswith("\n\nuser: Go.")
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"instruction": "Go.", "tools": [{"name": "f"}]}, "has tools"),
+        ({"prompt": "Go.", "images": ["a.png"]}, "has images"),
+        ({"instruction": "Go.", "input": {"a": 1}}, "instruction or input is not text"),
+        ({"instruction": ["Go."]}, "instruction or input is not text"),
+        ({"messages": SAID}, "turns do not alternate"),
+        ({"prompt": "Go.", "history": "Hi."}, "history is no list of"),
+        ({"question": "Go."}, "no instruction and no prompt, text or chat, in question"),
+        ({"prompt": "Go \ud83d."}, "half a character"),
+        ({"instruction": "Go.", "system": "\ud83d"}, "half a character"),
+        ("Go.", "not an object"),
+    ],
+)
+def test_a_row_of_prompts_that_cannot_be_used_is_refused(row, reason, exam, tmp_path):
+    file = write_lines(tmp_path / "p.jsonl", [{"instruction": "Fine."}, row])
+    with pytest.raises(SystemExit, match=f"^eval_alpaca.py: --prompts {file}: row 1:? .*{reason}"):
+        examine(exam, tmp_path / "out", f"--prompts={file}", "--judge=ifeval")
+
+
+def test_a_chat_is_answered_as_a_chat(exam, tmp_path, capsys):
+    file = write_lines(tmp_path / "p.jsonl", [{"messages": NEXT, "reference": "x"}])
+    out, reward = tmp_path / "out", SimpleNamespace()
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setattr(eval_alpaca, "judge_mini", lambda prompts, texts: [{}] * len(texts))
+        patch.setattr(eval_alpaca, "task_of", lambda p: reward)
+        (row, _), _ = examine(exam, out, f"--prompts={file}")
+    assert f"--prompts {file}: columns not read: reference\n" in capsys.readouterr().out
+    lm = AutoModelForCausalLM.from_pretrained(exam / "model", dtype=torch.float32)
+    answers = generate(lm, ChatEncoder(tiny()), [NEXT], temperature=0, seed=0, max_new_tokens=12)
+    (found,) = json_of(out / "model-T0.json")
+    assert found["output"] == answers[0].text and row["n"] == 1
+    assert found["instruction"] == "user: Hi.\n\nassistant: Hello.\n\nuser: Go."
+
+
+def test_generate_refuses_what_it_cannot_read_and_says_what_was_cut(exam, capsys):
+    asked = [f"--model={exam / 'model'}", "--temperature=0", "--max_new_tokens=1"]
+    with pytest.raises(SystemExit, match="^generate.py: prompt 1 holds half a character"):
+        generate_py.main([*asked, "Hi.", "\ud83d"])
+    generate_py.main([*asked, "--seed=2", "Hi."])
+    printed = capsys.readouterr().out
+    assert printed.startswith("not used with --temperature 0: --seed\n")
+    assert printed.endswith(" [cut at --max_new_tokens 1]\n")
+
+
 def test_a_run_is_examined_in_its_own_world_unless_a_seed_is_given(tmp_path):
     def seed(*more, **config):
         config = {"seed": 7, "data_fingerprint": ""} | config
@@ -405,11 +665,59 @@ def test_an_interrupted_evaluation_goes_on_at_the_first_missing_prompt(exam, tmp
 
 def test_answers_of_other_settings_are_not_taken_for_these(exam, tmp_path):
     examine(exam, tmp_path)
-    for more, name in (("--seed=1", "seed"), ("--max_new_tokens=13", "max_new_tokens")):
+    for more, name in (
+        ("--seed=1", "seed was 0, is now 1; pass another --out"),
+        ("--max_new_tokens=13", "max_new_tokens was 12, is now 13; "),
+        (f"--chat_template={ROOT / 'plain_chat.jinja'}", "chat_template is another; "),
+    ):
         with pytest.raises(SystemExit, match=f"T0.jsonl was made with other settings: {name}"):
             examine(exam, tmp_path, more)
-    with pytest.raises(SystemExit, match="made with other settings: model, fingerprint"):
+    with pytest.raises(SystemExit, match=r"fingerprint was \S+/model \(.*, is now \S+/other \("):
         examine(exam, tmp_path, model="other")
+
+
+def test_the_default_folder_of_answers_differs_by_model_and_baseline(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/a/hf", "models/b", "models/c"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "answers.json.gz").touch()
+
+    def out(model, *more):
+        return eval_alpaca.parse_args([f"--model={model}", "--prompts=my.jsonl", *more]).out
+
+    assert out("runs/a/hf") == "runs/a/eval-my-mini"  # where tools.plots looks for it
+    assert out("models/b") == "models/eval-b-my-mini" and out("models/c/") != out("models/b")
+    assert out("one/m") == "out/one--m/eval-my-mini" != out("two/m")
+    assert out("models/b", "--baseline=runs/a/hf") == "models/eval-b-my-mini-vs-a"
+    assert out("models/b", "--baseline=answers.json.gz") == "models/eval-b-my-mini-vs-answers"
+    monkeypatch.chdir(tmp_path / "models" / "b")
+    assert out(".") == "eval-b-my-mini"
+
+
+def test_flags_that_are_not_used_are_named(exam, tmp_path, capsys):
+    examine(exam, tmp_path, "--temperatures", "0", "--top_k=3", "--seed=1", "--alpaca_data=x",
+            f"--baseline={exam / 'model'}")  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "not used with --temperatures 0: --top_k, --seed\n" in printed
+    assert "not used with the same --model: --baseline\n" in printed
+    assert "prompts.jsonl: --alpaca_data\n" in printed
+    with pytest.raises(SystemExit, match="--samples 2: at temperature 0 all answers to a prompt"):
+        examine(exam, tmp_path / "b", "--temperatures", "0", "--samples=2")
+    examine(exam, tmp_path / "c", "--top_k=3", "--seed=1")
+    assert "not used" not in capsys.readouterr().out
+
+
+def test_a_moved_model_is_the_same_and_other_weights_are_not(exam, tmp_path):
+    shutil.copytree(exam / "model", tmp_path / "a")
+    shutil.copytree(exam / "model", tmp_path / "b")
+    at, out = f"--prompts={exam / 'prompts.jsonl'}", tmp_path / "out"
+    first = examine(tmp_path, out, at, model="a")
+    assert [row | {"model": 0} for row in examine(tmp_path, out, at, model="b")[0]] == [
+        row | {"model": 0} for row in first[0]
+    ]
+    shutil.copy(exam / "other" / "model.safetensors", tmp_path / "a")
+    with pytest.raises(SystemExit, match=r"settings: fingerprint was \S+/a \(\w+\), is now \S+/a"):
+        examine(tmp_path, out, at, model="a")
 
 
 def test_a_file_of_outputs_is_a_baseline_as_its_model_is(exam, tmp_path):
@@ -417,8 +725,9 @@ def test_a_file_of_outputs_is_a_baseline_as_its_model_is(exam, tmp_path):
     by_model, scores = examine(exam, tmp_path / "a", f"--baseline={exam / 'other'}", *more)
     file = tmp_path / "a" / "baseline-T0.json"
     by_file, again = examine(exam, tmp_path / "b", f"--baseline={file}", *more)
-    assert scores == again
-    assert by_file[0] | {"baseline": 0} == by_model[0] | {"baseline": 0}
+    unknown = dict(cut_answer_baseline=None, cut_prompt_baseline=None)  # to a file
+    assert [row | unknown for row in scores] == again
+    assert by_file[0] | {"baseline": 0} == by_model[0] | {"baseline": 0} | unknown
 
 
 def outputs(n=12, **changes):
@@ -449,6 +758,7 @@ def swapped(folder):
         (outputs(generator=None), "row 3 has no generator"),
         (outputs(output=None), "row 3 has no output"),
         (outputs(output=" \n"), "row 3 has an empty output"),
+        (outputs(output="a \ud83d"), "row 3 holds half a character"),
         (
             outputs(instruction="Another one."),
             "row 3 is not for one of the prompts: 'Ano",
@@ -507,7 +817,9 @@ def test_bad_input_is_one_line_before_anything_is_written(exam, tiny_world, tmp_
         ([model, mini, "--temperatures", "nan"], "argument --temperatures: nan is not in [0, inf)"),
         ([model, f"{at}/plain.jsonl"], "--judge mini: the prompts are not the miniature's"),
         ([model, f"{at}/twice.jsonl"], f"--prompts {tmp_path}/twice.jsonl: row 1 has"),
-        ([model, f"{at}/none.jsonl"], f"--prompts {tmp_path}/none.jsonl: row 0 has no text as"),
+        ([model, f"{at}/none.jsonl"],
+         f"--prompts {tmp_path}/none.jsonl: row 0: no instruction and no prompt, text or chat, in"
+         " question"),
         ([model, f"{at}/x.jsonl"], f"{tmp_path}/x.jsonl: no such file"),
         ([model, "--prompts=alpaca_eval", f"--alpaca_data={tmp_path}"],
          f"--alpaca_data {tmp_path}: no alpaca_eval_gpt4_baseline.json"),
@@ -540,7 +852,10 @@ def test_prompts_without_room_lose_their_middle_and_are_counted(exam, tmp_path, 
         patch.setattr(eval_alpaca, "task_of", lambda p: world.Task("reverse", "", "x"))
         examine(tmp_path, tmp_path / "out", "--temperatures", "0")
     said = "1 of 2 prompts are longer than 244 tokens; the middle of these is left out"
-    assert said in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"--model: {said}\n" in printed
+    assert "\nanswers to a prompt whose middle was left out: 1 (T 0)\n" in printed
+    assert [s["cut_prompt"] for s in lines_of(tmp_path / "out" / "scores.jsonl")] == [False, True]
     whole = ChatEncoder(tiny()).prompt_ids(user_chat(long))
     assert sorted(map(len, seen))[-1] == 244
     longest = max(seen, key=len)
@@ -684,6 +999,72 @@ def test_packed_and_padded_rewards_are_the_models_own(family, reward_folder, tin
         assert rm.score([messages], [text])[0] == pytest.approx(own, abs=1e-5)
 
 
+SIZE = dict(
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_labels=1,
+    num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=100,
+    initializer_range=0.2,
+)  # fmt: skip
+CLASSIFIERS = {
+    "bert": {}, "roberta": dict(pad_token_id=2), "xlm-roberta": dict(pad_token_id=0),
+    "deberta-v2": dict(relative_attention=True, position_biased_input=False, pos_att_type=["p2c"]),
+    "deberta": {}, "modernbert": dict(global_attn_every_n_layers=2, local_attention=8),
+    "electra": dict(embedding_size=16), "distilbert": dict(dim=32, n_heads=4, hidden_dim=48),
+    "gpt2": {}, "llama": {}, "qwen2": {}, "qwen3": {}, "mistral": dict(sliding_window=6),
+    "gemma": dict(head_dim=8), "gemma2": dict(head_dim=8, sliding_window=6), "gpt_neox": {},
+    "phi3": dict(pad_token_id=None), "gemma3_text": dict(head_dim=8, sliding_window=6),
+    "mpnet": {}, "opt": dict(ffn_dim=48, word_embed_proj_dim=32), "falcon": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_any_classifier_of_one_label_scores_a_batch_as_text_by_text(family, tmp_path):
+    """And reads as many tokens as it has positions, no more."""
+    settings = dict(bos_token_id=0, eos_token_id=1, pad_token_id=None)
+    if family not in ("gpt2", "llama", "falcon"):
+        settings["pad_token_id"] = 1
+    config = AutoConfig.for_model(family, **SIZE | settings | CLASSIFIERS[family])
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tiny().save_pretrained(tmp_path)
+    rm = RewardModel(str(tmp_path), torch.device("cpu"))
+    offset = {"roberta": 3, "xlm-roberta": 1, "mpnet": 2}.get(family, 0)
+    assert rm.positions == 100 - offset
+    chats = [user_chat("Hello.")] * 5
+    answers = ["a", "bc", "b", "a " * 99, "cd"]
+    rewards = rm.score(chats, answers)
+    assert rm.too_long(chats, answers) == [False, False, False, True, False]
+    alone = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    for chat, answer, reward in zip(chats, answers, rewards, strict=True):
+        turns = [*chat, {"role": "assistant", "content": answer}]
+        ids = tiny().apply_chat_template(turns, return_dict=False)[: rm.positions]
+        with torch.no_grad():
+            assert alone(torch.tensor([ids])).logits.item() == pytest.approx(reward, abs=1e-5)
+    assert len({round(r, 4) for r in rewards}) == 5
+
+
+def test_texts_beyond_the_reward_model_s_positions_are_counted(exam, tmp_path, capsys):
+    make_model(tmp_path / "base", max_position_embeddings=40)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+    model.save_pretrained(tmp_path / "rm")
+    tiny().save_pretrained(tmp_path / "rm")
+    reward = f"--reward_model={tmp_path / 'rm'}"
+    file = [{"instruction": t.prompt, "output": "a" * (9 * (i > 2)) + "b", "generator": "g"}
+            for i, t in enumerate(world.read_tasks(exam / "prompts.jsonl"))]  # fmt: skip
+    (tmp_path / "b.json").write_text(json.dumps(file))
+    more = f"--baseline={tmp_path / 'b.json'}", "--temperatures", "0"
+    (row,), scores = examine(exam, tmp_path / "out", reward, *more)
+    encoder = ChatEncoder(tiny())
+    for key, text in (("", lambda i: lines_of(tmp_path / "out" / "model-T0.jsonl")[i]["text"]),
+                      ("_baseline", lambda i: file[i]["output"])):  # fmt: skip
+        whole = [encoder.whole(user_chat(file[i]["instruction"]), encoder.plain(text(i)))
+                 for i in range(12)]  # fmt: skip
+        cut = [len(ids) > 40 for ids in whole]
+        assert [s[f"cut_text{key}"] for s in scores] == cut and row[f"cut_text{key}"] == sum(cut)
+    assert 0 < row["cut_text_baseline"] < 12
+    said = "texts longer than the positions of what scores them, which did not read their end: "
+    assert f"\n{said}{row['cut_text']} (T 0)\n" in capsys.readouterr().out
+
+
 def test_special_tokens_in_an_answer_do_not_end_its_turn(reward_folder):
     rm = RewardModel(str(reward_folder / "llama"), torch.device("cpu"))
     chat, special = user_chat("Hello."), rm.encoder.tokenizer.eos_token
@@ -748,8 +1129,17 @@ def test_what_is_no_reward_model_is_refused(exam, tmp_path):
         RewardModel(str(tmp_path), torch.device("cpu"))
     shutil.copytree(tmp_path, tmp_path / "bare")
     (tmp_path / "bare" / "chat_template.jinja").unlink()
-    with pytest.raises(InputError, match=f"--reward_model {tmp_path}/bare: .* no chat template"):
+    with pytest.raises(
+        InputError, match=f"{tmp_path}/bare: .* no chat template.*jinja in its"
+    ) as e:
         RewardModel(str(tmp_path / "bare"), torch.device("cpu"))
+    assert "--chat_template" not in str(e.value)  # which is not for this model
+    config = AutoConfig.for_model(
+        "bart", num_labels=1, architectures=["BartForSequenceClassification"]
+    )
+    config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="a reward model with an encoder and a decoder"):
+        reward_model.read_reward_model(str(tmp_path))
 
 
 def test_the_rm_judge_compares_rewards(exam, reward_folder, tmp_path):

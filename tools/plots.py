@@ -133,7 +133,8 @@ def temperature(runs: list[Run], args):
         for run in runs:
             rows = [row for row in run.results if row[key] is not None]
             rows.sort(key=lambda row: row["temperature"])
-            x, y, e = ([row[k] for row in rows] for k in ("temperature", key, f"{key}_se"))
+            keys = ("temperature", key, f"{key}_se")  # one prompt has no error: null, then nan
+            x, y, e = (np.array([row[k] for row in rows], dtype=float) for k in keys)
             ax.errorbar(x, y, e, label=run.name, capsize=2, markersize=4, **run.style)
         ax.set(xlabel="temperature", ylabel=title)
     axes.flat[0].set_title(judge_of(runs), fontsize=9, loc="left")
