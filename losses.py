@@ -253,8 +253,8 @@ def discriminator_loss(
 
     BCE(ref, theta) + BCE(theta, reference of the opposite sign)
 
-    Both equations are the same function; each takes the scores of its own discriminator. Returns a
-    scalar; 4 ln 2 where all scores are equal.
+    Both equations are the same function; each takes the scores of its own discriminator
+    [choice 25]. Returns a scalar; 4 ln 2 where all scores are equal.
     """
     return relativistic_bce(s_ref, s_theta, mu_ref, mu_theta) + relativistic_bce(
         s_theta, s_other, mu_theta, mu_other

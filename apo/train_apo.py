@@ -120,14 +120,14 @@ def pair_loss(n_human: int, weight: float, form: str) -> Callable:
 
 
 def accuracy_and_ece(margins, bins: int = 10) -> tuple[float, float]:
-    """Returns accuracy and expected calibration error (ECE) of a reward model, both in [0, 1].
+    """Returns accuracy and expected calibration error (ECE) of a reward model [choice 28].
 
-    margins are reward(chosen) - reward(rejected) of held-out pairs, (n,). The accuracy is the share
-    of margins above 0; a margin of 0 counts 1/2. The ECE is that of APO's published code: each pair
-    is asked in both orders, so sigma(margin) is the probability of an event that happened, and
-    sigma(-margin) of one that did not. The 2n probabilities fall into `bins` bins of equal width
-    between 0 and 1. ECE is the mean of |share that happened - mean probability| over the bins,
-    weighted by their numbers.
+    Both are in [0, 1]. margins are reward(chosen) - reward(rejected), (n,). The accuracy is the
+    share of margins above 0; a margin of 0 counts 1/2. The ECE is that of APO's published code:
+    each pair is asked in both orders, so sigma(margin) is the probability of an event that
+    happened, and sigma(-margin) of one that did not. The 2n probabilities fall into `bins` bins of
+    equal width between 0 and 1. ECE is the mean of |share that happened - mean probability| over
+    the bins, weighted by their numbers.
     """
     margins = np.asarray(margins, dtype=float)
     accuracy = np.heaviside(margins, 0.5).mean()
@@ -286,7 +286,8 @@ class Game:
             raise InputError(f"--batch_size {args.batch_size}: {len(triplets)} pairs in {folder}")
         # a weight is relative to that of the human pairs
         weight = args.apo_weight / args.samples if human else 1.0
-        settings = vars(args) | dict(lr=args.rm_lr, epochs=1, warmup=0.1, out_dir=str(folder))
+        settings = vars(args) | dict(lr=args.rm_lr, out_dir=str(folder))
+        settings |= dict(epochs=1, warmup=0.1)  # [choice 29]
         settings |= dict(micro_batch_size=args.batch_size, grad_clip=1.0, keep=1)
         margins = reward_model.learn(
             Namespace(**settings), self.config, self.tokenizer, triplets, self.held_out,
@@ -347,7 +348,7 @@ class Game:
         if not self.exam:
             return {}
         args, found = self.args, []
-        test = dict(top_k=args.test_top_k, top_p=args.test_top_p)
+        test = dict(top_k=args.test_top_k, top_p=args.test_top_p)  # [choice 30]
         for t, decoding, out in (
             (args.test_temperature, test, folder),
             (args.temperature, {}, folder / "sampled"),
@@ -511,7 +512,7 @@ def flags() -> Parser:
     add("--apo_weight", type=positive, default=0.1, help="of all game pairs of a prompt [0.1]")
     add("--aligner", choices=["rejection", "dpo", "ganpo"], default="rejection", help="[rejection]")
     add("--lr", type=positive, nargs="+", default=[1e-4, 4e-5, 2e-5], help="of the LLM in each"
-        " round [1e-4 4e-5 2e-5; paper 5e-6 2e-6 9e-7]")
+        " round [1e-4 4e-5 2e-5; paper 5e-6 2e-6 9e-7]")  # [choice 31]
     add("--rm_lr", type=positive, default=1e-3, help="of the reward model [1e-3; paper 1e-6]")
     add("--batch_size", type=count, default=32, help="pairs per step [32; paper 64]")
     add("--test_temperature", type=at_least_0, default=0.3, help="decoding of the exam [0.3]")
