@@ -52,7 +52,7 @@ class Discriminator(nn.Module):
                 nn.init.zeros_(module.bias)
         for layer in self.normalised_layers():
             spectral_norm(layer)
-        for _ in range(30):
+        for _ in range(30):  # [choice 23]
             self.power_iterate()
         self.train()
 

@@ -95,7 +95,8 @@ from settings import build_miniature, is_miniature
 from winrate import NOTICED, length_controlled, summary, table
 
 JUDGES = ("mini", "rm", "annotations", "ifeval", "gpt4")
-OF_ANNOTATIONS = {"judge", "annotations", "alpaca_data", "timeout", "out"}  # the flags it uses
+ONLY_ANNOTATIONS = {"annotations", "difficulty"}  # flags that no other judge uses
+OF_ANNOTATIONS = {"judge", "alpaca_data", "timeout", "out"} | ONLY_ANNOTATIONS  # those it uses
 ALPACA, ALPACA_N = "tatsu-lab/alpaca_eval", 805  # AlpacaEval's data set, and its instructions
 BASELINE_FILE = "alpaca_eval_gpt4_baseline.json"
 BASELINE_COLUMNS = ("output", "generator", "dataset", "datasplit")
@@ -621,8 +622,6 @@ def annotated(args) -> tuple[list[dict], list[dict]]:
         found[index] = row
     if not found:
         raise InputError(f"--annotations {args.annotations}: no rows")
-    if len(found) < ALPACA_N:
-        print0(f"{len(found)} of {ALPACA_N} instructions are annotated")
     names = {
         key: one_of(found.values(), column, args.annotations)
         for key, column in (("model", "generator_2"), ("baseline", "generator_1"))
@@ -652,20 +651,28 @@ def one_of(rows: Iterable[dict], column: str, source: str) -> str:
 def official_control(args, prompts: list[int]) -> Callable:
     """Returns length_controlled with the difficulties of these prompts and the gamed answers.
 
-    Difficulties are looked up by instruction, not by position: rows may be missing or reordered.
+    Where annotations are missing, AlpacaEval gives the i-th row the difficulty of instruction i;
+    --difficulty instruction gives each row that of its own. What was done is printed.
     """
+    place = np.array(prompts)
+    looked_up = place if args.difficulty == "instruction" else np.arange(len(place))
+    if len(place) < ALPACA_N:
+        how = "the row's own instruction"
+        if args.difficulty == "position":
+            how = "row position, as AlpacaEval does (--difficulty instruction: by its own)"
+        print0(f"{len(place)} of {ALPACA_N} instructions have a preference; difficulties by {how}")
     path = alpaca_file(args, "instruction_difficulty.csv")
     with input_error_for(str(path)), path.open() as file:
         of_prompt = {int(r["index"]): r["instruction_difficulty"] for r in csv.DictReader(file)}
-        difficulty = np.array([float(of_prompt[prompt]) for prompt in prompts])
+        difficulty = np.array([float(of_prompt[i]) for i in looked_up.tolist()])
     path = alpaca_file(args, "df_gamed.csv")
     with input_error_for(str(path)), path.open() as file:
         rows = list(csv.DictReader(file))
-        columns = [[float(r[k]) for r in rows] for k in ("std_delta_len", "instruction_difficulty")]
-        constant = [r["not_gamed_baseline"] == "True" for r in rows]
-        preference = np.array([float(r["preference"]) for r in rows])
-    x = np.array([np.tanh(columns[0]), columns[1], constant], dtype=float).T
-    return partial(length_controlled, difficulty=difficulty, gamed=(x, preference))
+        names = "std_delta_len", "instruction_difficulty", "preference", "index"
+        length, of_rows, preference, index = np.array([[float(r[k]) for r in rows] for k in names])
+        constant = np.array([r["not_gamed_baseline"] == "True" for r in rows], dtype=float)
+    gamed = np.stack([np.tanh(length), of_rows, constant], 1), preference, index
+    return partial(length_controlled, difficulty=difficulty, place=place, gamed=gamed)
 
 
 # ---------------------------------------------------------------------- an evaluation
@@ -853,6 +860,8 @@ def flags() -> Parser:
     add("--reward_model", help="folder or Hub id; judges with rm, adds a column with other judges")
     add("--score_discriminators", metavar="FILE", help="a run's discriminators.pt; adds columns")
     add("--annotations", metavar="FILE", help="what --judge annotations reads")
+    add("--difficulty", choices=["position", "instruction"], default="position",
+        help="of annotations where rows are missing: looked up by [position, as AlpacaEval]")
     add("--alpaca_data", metavar="DIR", help=f"AlpacaEval's files [{ALPACA} on the Hub]")
     add("--chat_template", help="for --model and --baseline: a jinja file, or one of their own")
     add("--temperatures", type=at_least_0, nargs="+", default=[0.0, 0.5, 0.7, 1.0, 1.2, 1.5],
@@ -882,8 +891,8 @@ def parse_args(argv: list[str]):
         name = re.sub(r"\.jsonl?(\.gz)?$", "", Path(args.annotations).name)
         args.out = args.out or f"out/annotations-{name}"
         return args
-    if args.annotations:
-        raise InputError(f"--judge {args.judge} does not use --annotations")
+    if useless := sorted(given_flags(argv) & ONLY_ANNOTATIONS):
+        raise InputError(f"--judge {args.judge} does not use --{', --'.join(useless)}")
     if not args.model:
         raise InputError("--model is needed")
     if args.judge == "rm" and not args.reward_model:

@@ -89,8 +89,8 @@ def ipo_loss(
 
     ([(logp_chosen - ref_logp_chosen) - (logp_rejected - ref_logp_rejected)] - 1 / (2 beta))^2
 
-    The log-probabilities are sums over the answer's tokens. Returns (B,); 1 / (4 beta^2) where the
-    policy equals the reference.
+    The log-probabilities are *means* over the answer's tokens [choice 26]. Returns (B,);
+    1 / (4 beta^2) where the policy equals the reference.
     """
     log_ratio = (logp_chosen - ref_logp_chosen) - (logp_rejected - ref_logp_rejected)
     return (log_ratio - 1 / (2 * beta)).square()
@@ -149,6 +149,11 @@ class LogProbs(NamedTuple):
         """Returns the policy's mean log-probability per token of chosen and rejected answers."""
         return self.logp_chosen / self.length_chosen, self.logp_rejected / self.length_rejected
 
+    def ref_per_token(self) -> tuple[Tensor, Tensor]:
+        """Returns the reference's, as per_token returns the policy's."""
+        chosen, rejected = self.ref_logp_chosen, self.ref_logp_rejected
+        return chosen / self.length_chosen, rejected / self.length_rejected
+
 
 class PreferenceLoss(NamedTuple):
     """An entry of OPO_LOSSES."""
@@ -193,7 +198,7 @@ def _dpo(lp: LogProbs, beta: float) -> Tensor:
 
 @opo_loss("ipo", needs_ref=True, beta=0.1)  # App. B's for DPO
 def _ipo(lp: LogProbs, beta: float) -> Tensor:
-    return ipo_loss(*lp[:4], beta)
+    return ipo_loss(*lp.per_token(), *lp.ref_per_token(), beta)
 
 
 @opo_loss("simpo", needs_ref=False, beta=10.0, gamma_beta_ratio=0.5)  # its authors' for Gemma-2-9B
@@ -248,8 +253,8 @@ def discriminator_loss(
 
     BCE(ref, theta) + BCE(theta, reference of the opposite sign)
 
-    Both equations are the same function; each takes the scores of its own discriminator. Returns a
-    scalar; 4 ln 2 where all scores are equal.
+    Both equations are the same function; each takes the scores of its own discriminator
+    [choice 25]. Returns a scalar; 4 ln 2 where all scores are equal.
     """
     return relativistic_bce(s_ref, s_theta, mu_ref, mu_theta) + relativistic_bce(
         s_theta, s_other, mu_theta, mu_other

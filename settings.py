@@ -52,6 +52,12 @@ PRESETS = {  # what --preset sets; every flag overrides it
     ),
 }
 PRESETS["mini-paired"] = PRESETS["mini"] | dict(critic="paired")
+# as near to the authors' code as flags allow [choice 1] [choice 4] [choice 9]
+PUBLISHED = dict(adv_loss="nonsaturating", lambda_adv=0.5, disc_layers=2, disc_every=16)
+PRESETS["gemma-2-2b-it-published"] = PRESETS["gemma-2-2b-it"] | PUBLISHED | dict(
+    max_length=1024, warmup=0.0,  # [choice 22]
+)
+PRESETS["llama-3-8b-instruct-published"] = PRESETS["llama-3-8b-instruct"] | PUBLISHED
 
 
 def flags() -> Parser:

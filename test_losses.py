@@ -308,8 +308,10 @@ def test_registered_losses_take_sums_and_divide_by_the_lengths_where_they_need_m
     needs_ref, lengths = name in ("dpo", "ipo"), torch.tensor([[3, 7, 1, 12, 5], [4, 2, 9, 1, 6]])
     w, lo, *ref = draw(4, 3.0)
     lp = LogProbs(w, lo, *(ref if needs_ref else (None, None)), *lengths)
-    if not needs_ref:
+    if name != "dpo":
         w, lo = w / lengths[0], lo / lengths[1]
+    if name == "ipo":  # [choice 26]
+        ref = [ref[0] / lengths[0], ref[1] / lengths[1]]
     expected = [PREFERENCE[name](*pair) for pair in torch.stack([w, lo, *ref], 1).tolist()]
     check_close(with_settings(name, SETTINGS)(lp), expected)
 
@@ -324,8 +326,8 @@ def test_a_setting_that_is_not_given_keeps_the_default_that_stands_beside_its_lo
     assert OPO_LOSSES["simpo"].defaults == {"beta": 10.0, "gamma_beta_ratio": 0.5}
     lp, ones = LogProbs(*draw(4, 3.0), None, None), torch.ones(B)
     check_close(with_settings("dpo", {})(lp), dpo_loss(*lp[:4], 0.1))
-    check_close(with_settings("ipo", {"beta": None, "lr": 1.0})(lp), ipo_loss(*lp[:4], 0.1))
     lp = lp._replace(length_chosen=ones, length_rejected=ones)
+    check_close(with_settings("ipo", {"beta": None, "lr": 1.0})(lp), ipo_loss(*lp[:4], 0.1))
     check_close(with_settings("simpo", {"beta": 2.0})(lp), simpo_loss(*lp[:2], 2.0, 0.5))
 
 

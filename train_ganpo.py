@@ -107,7 +107,7 @@ def train_step(run, batches: Iterable[Packed], step: int) -> dict[str, float]:
     factor = schedule(step, run.max_steps, args.warmup)
     set_lr(run.optimizer, args.lr * factor)
     if run.critics:
-        set_lr(run.critic_optimizer, args.disc_lr * factor)
+        set_lr(run.critic_optimizer, args.disc_lr * factor)  # [choice 24]
         run.critics.requires_grad_(True).train()
 
     # lines 5-10: the batch, latents and log-probabilities of policy and reference

@@ -24,9 +24,8 @@ RESULT_COLUMNS = (
     " lc_win_rate mean_score mean_score_se strict_acc strict_acc_se loose_acc loose_acc_se"
     " avg_length"
 ).split() + [key + whose for key in NOTICED for whose in ("", "_baseline")]
-# The official fit chooses its L1 penalty by cross-validation over random folds. This one lands
-# within 0.01 points of the published rates of FuseChat-1B, GPT-3.5-0301 and Vicuna-13B.
-L1 = 0.37
+PENALTIES = 1 / np.logspace(-4, 4, 10)  # L1, those that AlpacaEval tries
+FOLDS = 5  # of the cross-validation that chooses one
 LEAST_N = 100  # prompts of a length-controlled rate; docs/evaluation.md says why
 VERDICTS = {  # what a judge gives, the rate it is counted in, and that rate's scale
     "win": ("win_rate", 100),
@@ -67,44 +66,78 @@ def length_controlled(
     win: np.ndarray,
     delta: np.ndarray,
     difficulty: np.ndarray | None = None,
+    place: np.ndarray | None = None,
     gamed: tuple | None = None,
-) -> float:
+) -> float | None:
     """Returns AlpacaEval 2's length-controlled win rate, in percent (arXiv 2404.04475).
 
     A logistic model without intercept is fitted to the preferences; the rate is its mean prediction
-    for answers that are as long as the baseline's.
+    for answers that are as long as the baseline's. An L1 penalty is chosen by cross-validation.
 
     win         (n,) preference for the model, in [0, 1]
     delta       (n,) length of the baseline's answer minus length of the model's, in characters
     difficulty  (n,) of the instructions, known for AlpacaEval's own judge and baseline
-    gamed       features (m, 3) and preferences (m,) of the baseline's own model when it was told to
-                be verbose or concise; AlpacaEval adds them to every fit, each with weight 0.2 / 2
+    place       (n,) the number of each instruction, which decides its fold; by default 0 to n - 1
+    gamed       features (m, 3), preferences (m,) and places (m,) of the baseline's own model when
+                it was told to be verbose or concise; AlpacaEval adds them to every fit, each with
+                weight 0.2 / 2
 
-    Without difficulty the model has a term for length and a constant.
+    Without difficulty the model has a term for length and a constant. Returns None if it cannot be
+    fitted, because nothing varies: without gamed, all preferences or all lengths are equal.
     """
-    n, spread = len(win), delta.std(ddof=1) if len(delta) > 1 else 0.0
+    if gamed is None and not (np.ptp(win) and np.ptp(delta)):
+        return None
+    n, spread = len(win), delta.std(ddof=1)
     features = [np.tanh(delta / spread) if spread else 0.0 * delta, np.ones(n)]
     if difficulty is not None:
         features.insert(1, difficulty)
     x, y, weight = np.stack(features, 1), win, np.ones(n)
+    place = np.arange(n) if place is None else place
     if gamed is not None:
-        x, y = np.concatenate([x, gamed[0]]), np.concatenate([y, gamed[1]])
-        weight = np.concatenate([weight, np.full(len(gamed[1]), 0.2 / 2)])
-    b = logistic_regression(x, y, weight)
+        x, y, place = (np.concatenate(two) for two in zip((x, y, place), gamed, strict=True))
+        weight = np.concatenate([weight, np.full(len(y) - n, 0.2 / 2)])
+    b = logistic_regression(x, y, weight, best_penalty(x, y, weight, place % FOLDS))
     return float(100 * sigmoid(x[:n, 1:] @ b[1:]).mean())
 
 
-def logistic_regression(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Returns the b (k,) that minimises sum_i weight_i cross_entropy(y_i, sigmoid(x_i b)) + L1 |b|.
+def best_penalty(x: np.ndarray, y: np.ndarray, weight: np.ndarray, fold: np.ndarray) -> float:
+    """Returns the one of PENALTIES whose fits predict best what they have not seen.
 
-    x is (n, k), y (n,) in [0, 1], weight (n,). The method is proximal gradient descent with
-    Nesterov's acceleration (FISTA). Raises FloatingPointError if it does not converge.
+    x, y and weight are those of logistic_regression; fold (n,) says which of FOLDS folds a row is
+    in. A fit to four folds is measured by its mean cross-entropy, weighted, on the fifth.
+    """
+    losses = np.zeros(len(PENALTIES))
+    for k in range(FOLDS):
+        seen, b = fold != k, None
+        for i, penalty in enumerate(PENALTIES):
+            b = logistic_regression(x[seen], y[seen], weight[seen], penalty, b)
+            z = x[~seen] @ b
+            entropy = np.logaddexp(0, z) - y[~seen] * z
+            losses[i] += np.average(entropy, weights=weight[~seen])
+    return PENALTIES[losses.argmin()]
+
+
+def logistic_regression(
+    x: np.ndarray,
+    y: np.ndarray,
+    weight: np.ndarray,
+    penalty: float,
+    start: np.ndarray | None = None,
+) -> np.ndarray:
+    """Returns the b (k,) that minimises
+    sum_i weight_i cross_entropy(y_i, sigmoid(x_i b)) + penalty sum |b|.
+
+    x is (n, k), y (n,) in [0, 1], weight (n,), start (k,) where to begin, by default at 0. The
+    method is proximal gradient descent with Nesterov's acceleration, which begins anew where it
+    leads uphill (FISTA). Raises FloatingPointError if it does not converge.
     """
     step = 4 / np.linalg.eigvalsh((x * weight[:, None]).T @ x)[-1]
-    b, ahead, t = np.zeros(x.shape[1]), np.zeros(x.shape[1]), 1.0
+    b = ahead = np.zeros(x.shape[1]) if start is None else start
+    t = 1.0
     for _ in range(100_000):
         new = ahead - step * x.T @ (weight * (sigmoid(x @ ahead) - y))
-        new = np.sign(new) * np.maximum(abs(new) - step * L1, 0)
+        new = np.sign(new) * np.maximum(abs(new) - step * penalty, 0)
+        t = 1.0 if (ahead - new) @ (new - b) > 0 else t
         moved, t_new = abs(new - b).max(), (1 + (1 + 4 * t * t) ** 0.5) / 2
         ahead, b, t = new + (t - 1) / t_new * (new - b), new, t_new
         if moved < 1e-12:
@@ -133,7 +166,7 @@ def summary(rows: list[dict], control: Callable = length_controlled, **settings)
     compared = [r for r in rows if r.get("win") is not None]
     win = np.array([r["win"] for r in compared])
     delta = np.array([r["length_baseline"] - r["length"] for r in compared], dtype=float)
-    if len({r["prompt"] for r in compared}) >= LEAST_N and np.ptp(win) and np.ptp(delta):
+    if len({r["prompt"] for r in compared}) >= LEAST_N:
         result["lc_win_rate"] = control(win, delta)
     result["avg_length"] = float(np.mean([r["length"] for r in rows]))
     for key in (key + whose for key in NOTICED for whose in ("", "_baseline")):

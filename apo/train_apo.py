@@ -6,12 +6,14 @@
 
     min over r, max over pi:  E_{y ~ pi} r(x, y) - E_{y ~ gold} r(x, y)
 
-x is a prompt, y an answer, r the reward, pi the LLM. In a round the LLM writes --samples answers to
-every prompt. The reward model starts again from its base and is trained on human pairs, with
+x is a prompt, y an answer, r the reward, pi the LLM. Reward model and LLM have prompts of their own
+[choice 27]. In a round the LLM writes --samples answers to every prompt. The reward model starts
+again from its base and is trained on human pairs and golden answers to its own prompts, with
 
     L_RM = L_BT(human pairs) + w L_BT(golden answer above each sample)
 
-Then the LLM moves towards answers of high reward by an offline method (--aligner). The paper bounds
+Then the LLM moves towards those of its answers, to the other prompts, that have a high reward, by
+an offline method (--aligner). The paper bounds
 both divergences: that of the reward model by the human pairs, that of the LLM by the aligner. No
 new human label is needed as the LLM's answers change.
 
@@ -118,22 +120,25 @@ def pair_loss(n_human: int, weight: float, form: str) -> Callable:
 
 
 def accuracy_and_ece(margins, bins: int = 10) -> tuple[float, float]:
-    """Returns accuracy and expected calibration error (ECE) of a reward model, both in [0, 1].
+    """Returns accuracy and expected calibration error (ECE) of a reward model [choice 28].
 
-    margins are reward(chosen) - reward(rejected) of held-out pairs, (n,). The accuracy is the share
-    of margins above 0; a margin of 0 counts 1/2. The model chooses the answer of higher reward with
-    confidence sigma(|margin|). ECE is the mean of |accuracy - mean confidence| over `bins` bins of
-    equal width between the confidences 1/2 and 1, weighted by their numbers of pairs.
+    Both are in [0, 1]. margins are reward(chosen) - reward(rejected), (n,). The accuracy is the
+    share of margins above 0; a margin of 0 counts 1/2. The ECE is that of APO's published code:
+    each pair is asked in both orders, so sigma(margin) is the probability of an event that
+    happened, and sigma(-margin) of one that did not. The 2n probabilities fall into `bins` bins of
+    equal width between 0 and 1. ECE is the mean of |share that happened - mean probability| over
+    the bins, weighted by their numbers.
     """
-    margins = np.asarray(margins)
-    right = np.heaviside(margins, 0.5)
-    confidence = 1 / (1 + np.exp(-np.abs(margins)))
-    bucket = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    margins = np.asarray(margins, dtype=float)
+    accuracy = np.heaviside(margins, 0.5).mean()
+    probability = 1 / (1 + np.exp(-np.concatenate([margins, -margins])))
+    happened = np.repeat([1.0, 0.0], len(margins))
+    bucket = np.minimum((probability * bins).astype(int), bins - 1)
     gaps = [
-        abs(right[bucket == b].mean() - confidence[bucket == b].mean()) * (bucket == b).mean()
+        abs(happened[bucket == b].mean() - probability[bucket == b].mean()) * (bucket == b).mean()
         for b in np.unique(bucket)
     ]
-    return float(right.mean()), float(sum(gaps))
+    return float(accuracy), float(sum(gaps))
 
 
 def best_and_worst(texts: list[str], rewards: list[float]) -> tuple[str, str]:
@@ -209,17 +214,31 @@ class Game:
         texts = (ids for t in self.human + self.held_out for ids in t[:3])
         check_token_ids(texts, self.config, f"--model {args.model}")
         prompts, golden = read_golden(args.golden)
-        self.prompts, self.golden = prompts[: args.prompts], golden[: args.prompts]
-        n, m = len(self.prompts), len(self.human)
+        n = min(args.prompts, len(golden) // 2)
+        # the reward model's prompts, with golden answers, and then the LLM's [choice 27]
+        self.prompts, self.golden = prompts[: 2 * n], golden[:n]
+        self.human = self.without_llms_prompts(self.human)
+        m = len(self.human)
         if min(n, m) < args.batch_size:
-            raise InputError(f"--batch_size {args.batch_size}: only {n} prompts, {m} human pairs")
+            raise InputError(
+                f"--batch_size {args.batch_size}: only {n} prompts for the LLM, {m} human pairs"
+            )
         with input_error_for("--exam"):
             tasks = read_tasks(args.exam) if args.exam else []
         self.exam = [Prompt(task.prompt, "exam", task._asdict()) for task in tasks]
         exam = [p.record for p in self.exam]
-        asked = [[p.instruction, a] for p, a in zip(self.prompts, self.golden, strict=True)]
+        asked = [p.messages for p in self.prompts], self.golden
         seen = [human.fingerprint, held_out.fingerprint, asked, exam, self.tokenizer.chat_template]
         self.fingerprint = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+
+    def without_llms_prompts(self, human: list[Triplet]) -> list[Triplet]:
+        """Returns the human pairs whose prompts are not among the LLM's; prints how many are."""
+        rows = read_rows(self.args.human, "train")
+        llms = {json.dumps(p.messages) for p in self.prompts[len(self.golden) :]}
+        kept = [t for t in human if json.dumps(to_messages(rows[t.row])[0]) not in llms]
+        left_out = len(human) - len(kept)
+        print0(f"human pairs: {left_out} of {len(human)} are about the LLM's prompts and left out")
+        return kept
 
     def answers(
         self, model: str | Path, prompts: list[Prompt], out: Path, temperature: float, samples: int,
@@ -239,9 +258,12 @@ class Game:
         return [[answer.text for answer in of_prompt if answer.ended] for of_prompt in answers]
 
     def game_pairs(self, samples: list[list[str]]) -> list[Triplet]:
-        """Returns pairs with the golden answer as chosen and each sample as rejected."""
+        """Returns pairs with the golden answer as chosen and each sample as rejected.
+
+        samples are those to the reward model's prompts, which come first.
+        """
         triplets, notes, dropped = [], Counter(), Counter()
-        for prompt, gold, texts in zip(self.prompts, self.golden, samples, strict=True):
+        for prompt, gold, texts in zip(self.prompts, self.golden, samples, strict=False):
             messages = prompt.messages
             for text in texts:
                 answers = gold, self.encoder.plain(text)
@@ -265,7 +287,8 @@ class Game:
             raise InputError(f"--batch_size {args.batch_size}: {len(triplets)} pairs in {folder}")
         # a weight is relative to that of the human pairs
         weight = args.apo_weight / args.samples if human else 1.0
-        settings = vars(args) | dict(lr=args.rm_lr, epochs=1, warmup=0.1, out_dir=str(folder))
+        settings = vars(args) | dict(lr=args.rm_lr, out_dir=str(folder))
+        settings |= dict(epochs=1, warmup=0.1)  # [choice 29]
         settings |= dict(micro_batch_size=args.batch_size, grad_clip=1.0, keep=1)
         margins = reward_model.learn(
             Namespace(**settings), self.config, self.tokenizer, triplets, self.held_out,
@@ -274,21 +297,21 @@ class Game:
         return margins.tolist()
 
     def rewards(self, folder: Path, samples: list[list[str]]) -> list[list[float]]:
-        """Returns the reward of each sample, by the reward model in a folder."""
+        """Returns rewards of the samples to the LLM's prompts, by the reward model in a folder."""
         scorer = RewardModel(str(folder / "hf"), self.device, DTYPES[self.args.dtype])
-        asked = [
-            (p.messages, text)
-            for p, texts in zip(self.prompts, samples, strict=True)
-            for text in texts
-        ]
+        asked = [(p.messages, text) for p, texts in self.of_llm(samples) for text in texts]
         found = share_out(
             asked, lambda part: scorer.score(*zip(*part, strict=True)) if part else []
         )
         in_order = iter(found)
-        return [[next(in_order) for _ in texts] for texts in samples]
+        return [[next(in_order) for _ in texts] for _, texts in self.of_llm(samples)]
+
+    def of_llm(self, samples: list[list[str]]) -> list[tuple[Prompt, list[str]]]:
+        """Returns the LLM's prompts, each with its samples."""
+        return [*zip(self.prompts, samples, strict=True)][len(self.golden) :]
 
     def pairs(self, samples: list[list[str]], rewards: list[list[float]]) -> list[dict]:
-        """Returns rows of the best and the worst sample of each prompt.
+        """Returns rows of the best and the worst sample of each of the LLM's prompts.
 
         Rejection sampling trains on the best one only. So every prompt with a usable best one
         stays, and a stand-in takes the place of a worst one that is not usable [choice 20].
@@ -298,7 +321,7 @@ class Game:
         def usable(text):
             return text.strip() and not self.encoder.special_text.search(text)
 
-        for prompt, texts, scores in zip(self.prompts, samples, rewards, strict=True):
+        for (prompt, texts), scores in zip(self.of_llm(samples), rewards, strict=True):
             best, worst = best_and_worst(texts, scores) if texts else ("", "")
             if best_only and (worst.strip() == best.strip() or not usable(worst)):
                 worst = "." if best.strip() != "." else ".."
@@ -326,7 +349,7 @@ class Game:
         if not self.exam:
             return {}
         args, found = self.args, []
-        test = dict(top_k=args.test_top_k, top_p=args.test_top_p)
+        test = dict(top_k=args.test_top_k, top_p=args.test_top_p)  # [choice 30]
         for t, decoding, out in (
             (args.test_temperature, test, folder),
             (args.temperature, {}, folder / "sampled"),
@@ -400,7 +423,8 @@ def play_all(args, argv: list[str], device: torch.device, stack: ExitStack, prog
     out = claim_with_config(args, stack, game.fingerprint)
     print0(f"human pairs: {game.about_human}")
     print0(
-        f"{len(game.prompts)} prompts x {args.samples} samples, {len(game.human)} human pairs,"
+        f"{len(game.golden)} prompts of the reward model and as many of the LLM x {args.samples}"
+        f" samples, {len(game.human)} human pairs,"
         f" {len(game.held_out)} held out; logs: {out}/start.log, {out}/*/round*/log\n{HEADER}"
     )
     start = printing_to(out / "start.log", partial(game.examine, args.model, out / "start"))
@@ -486,14 +510,14 @@ def flags() -> Parser:
     add = parser.add_argument_group("the game [default; the paper's where it differs]").add_argument
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="[all three]")
     add("--rounds", type=count, default=3, help="[3]")
-    add("--prompts", type=count, default=1024, help="how many golden prompts to use [1024]")
+    add("--prompts", type=count, default=1024, help="of reward model and LLM, each its own [1024]")
     add("--samples", type=number(int, 2), default=4, help="answers per prompt [4]")
     add("--temperature", type=positive, default=1.0, help="of these answers [1; paper 1.2]")
     add("--apo_loss", choices=["ranking", "difference"], default="ranking", help="[ranking]")
     add("--apo_weight", type=positive, default=0.1, help="of all game pairs of a prompt [0.1]")
     add("--aligner", choices=["rejection", "dpo", "ganpo"], default="rejection", help="[rejection]")
     add("--lr", type=positive, nargs="+", default=[1e-4, 4e-5, 2e-5], help="of the LLM in each"
-        " round [1e-4 4e-5 2e-5; paper 5e-6 2e-6 9e-7]")
+        " round [1e-4 4e-5 2e-5; paper 5e-6 2e-6 9e-7]")  # [choice 31]
     add("--rm_lr", type=positive, default=1e-3, help="of the reward model [1e-3; paper 1e-6]")
     add("--batch_size", type=count, default=32, help="pairs per step [32; paper 64]")
     add("--test_temperature", type=at_least_0, default=0.3, help="decoding of the exam [0.3]")

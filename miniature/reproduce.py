@@ -50,6 +50,7 @@ PROMPTS = 500  # on which each cell is examined
 # ---------------------------------------------------------------------- the cells
 
 DPO, SIMPO, MSE = ["--lambda_adv=0"], ["--loss=simpo"], ["--critic=mse", "--lambda_adv=3"]
+PUBLISHED = "--adv_loss=nonsaturating --lambda_adv=0.5 --disc_every=16".split()
 PAIRED, PAIRED_H = ["--critic=paired"], ["--critic=paired", "--critic_input=h", "--disc_steps=5"]
 CELLS = {  # flags by regime/name; a regime is a learning rate, ganpo is the default
     "mild/dpo": DPO,
@@ -58,7 +59,8 @@ CELLS = {  # flags by regime/name; a regime is a learning rate, ganpo is the def
     "mild/ganpo_simpo": SIMPO,
     "mild/lambda_1": ["--lambda_adv=1"],
     "mild/disc_lr_half": ["--disc_lr=5e-5"],
-    "mild/as_published": ["--lambda_adv=1", "--disc_lr=5e-5"],
+    "mild/app_b": ["--lambda_adv=1", "--disc_lr=5e-5"],  # App. B with Eq 18
+    "mild/published": [*PUBLISHED, "--disc_lr=5e-5"],
     "mild/batch_means": ["--mean=batch"],
     "mild/nonsaturating": ["--adv_loss=nonsaturating"],
     "mild/mlp": ["--critic=mlp"],

@@ -49,11 +49,22 @@ def test_calibration_error_of_a_hand_computed_case():
     assert accuracy == 0.5
     assert ece == pytest.approx(0.5 * abs(0.5 - 0.55) + 0.25 * 0.25 + 0.25 * 0.95)
     assert accuracy_and_ece(np.zeros(4)) == (0.5, 0.0)
-    # ten bins from 1/2 to 1: .51 and .58 lie in two, .52 and .53 in one
-    assert accuracy_and_ece([logit(0.51), -logit(0.58)])[1] == pytest.approx((0.49 + 0.58) / 2)
-    assert accuracy_and_ece([logit(0.52), -logit(0.53)])[1] == pytest.approx(0.025)
+    # ten bins from 0 to 1 on both orders: .61 and .68 lie in one, .58 in another
+    assert accuracy_and_ece([logit(0.61), -logit(0.68)])[1] == pytest.approx(0.145)
+    assert accuracy_and_ece([logit(0.58), -logit(0.62)])[1] == pytest.approx((0.42 + 0.62) / 2)
     sure = accuracy_and_ece(np.full(3, 50.0))
     assert sure[0] == 1 and sure[1] == pytest.approx(0, abs=1e-12)
+
+
+def test_the_published_calibration_error_has_five_bins_of_confidence():
+    """Both orders of a pair are mirror images, so ten bins hold what five from 1/2 to 1 hold."""
+    margins = np.random.default_rng(0).normal(0.3, 1.5, 400)
+    right, confidence = margins > 0, 1 / (1 + np.exp(-abs(margins)))
+    expected = 0.0
+    for low in (0.5, 0.6, 0.7, 0.8, 0.9):
+        here = (low <= confidence) & (confidence < low + 0.1)
+        expected += abs(right[here].mean() - confidence[here].mean()) * here.mean()
+    assert accuracy_and_ece(margins)[1] == pytest.approx(expected, abs=1e-12)
 
 
 def test_best_of_n_is_the_argmax():
@@ -93,7 +104,7 @@ def game(small, tmp_path_factory):
         yield folder
 
 
-ARGV = "--rounds=2 --prompts=32 --batch_size=16 --max_new_tokens=32 --test_temperature=1".split()
+ARGV = "--rounds=2 --prompts=22 --batch_size=16 --max_new_tokens=32 --test_temperature=1".split()
 
 
 @pytest.fixture(scope="module")
@@ -129,13 +140,13 @@ def test_weights_of_human_and_game_pairs(handed):
     (human, ones), (both, weights) = handed["human"], handed["both"]
     n = len(human)
     assert (ones == 1).all() and [t.row for t in both] == list(range(len(both)))
-    assert all(map(equal, human, both)) and len(both) > n + 64
+    assert all(map(equal, human, both)) and len(both) > n + 48
     assert weights[:n].tolist() == [1] * n
     assert weights[n:] == pytest.approx(np.full(len(both) - n, 0.1 / 4))
     alone, plain = handed["alone"]
     assert len(alone) == len(both) - n and all(map(equal, alone, both[n:])) and (plain == 1).all()
     _, twice = handed["twice"]
-    assert len(twice) > n + 32
+    assert len(twice) > n + 24
     assert twice[n:] == pytest.approx(np.full(len(twice) - n, 1.5))
 
 
@@ -149,12 +160,12 @@ def test_game_pairs_hold_the_golden_answer_above_each_other_sample(handed):
     golden = {}
     for row in map(json.loads, open("out/mini/seed0/train.jsonl")):
         golden.setdefault(row["prompt"], row["solution"])
-    asked = list(golden)[:32]
+    asked = list(golden)[:44]  # the reward model's 22 and the LLM's 22
     rows = [json.loads(x) for x in open("both/apo/round1/answers/model-T1.jsonl")]
     plain = lambda text: re.sub(r"<\|\w+\|>", "", text).strip()  # noqa: E731
     samples = [(asked[r["prompt"]], plain(r["text"])) for r in rows if r["ended"]]
-    expected = [(golden[p], text) for p, text in samples if text != golden[p]]
-    assert len(rows) == 32 * 4 > len(samples)
+    expected = [(golden[p], text) for p, text in samples if text != golden[p] and p in asked[:22]]
+    assert len(rows) == 44 * 4 > len(samples)
 
     def answer(ids):
         text = tokenizer.decode(ids)
@@ -165,6 +176,17 @@ def test_game_pairs_hold_the_golden_answer_above_each_other_sample(handed):
     assert found == expected
 
 
+def test_the_reward_model_never_sees_the_llms_prompts(handed):
+    tokenizer = AutoTokenizer.from_pretrained("out/mini/seed0/model")
+    rows = [json.loads(x) for x in open("out/mini/seed0/train.jsonl")]
+    llms = list(dict.fromkeys(row["prompt"] for row in rows))[22:44]
+    both, _ = handed["both"]
+    read = [tokenizer.decode(t.prompt, skip_special_tokens=True) for t in both]
+    assert len(both) > 100 and not any(prompt in text for prompt in llms for text in read)
+    human, _ = handed["human"]
+    assert len(human) == sum(row["prompt"] not in llms for row in rows) < len(rows)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -173,9 +195,9 @@ def test_game_pairs_hold_the_golden_answer_above_each_other_sample(handed):
         (["--variants", "frozen", "--apo_weight=1"], "--variants frozen does not use --apo_weight"),
         (["--", "--timeout=5"], "--timeout after --: the game sets it"),
         (["--", "--resume"], "--resume after --: the game sets it"),
-        (["--golden=rows.jsonl"], "--golden rows.jsonl: row 1 has no text 'golden'"),
-        (["--golden=empty.jsonl"], "--golden empty.jsonl: row 0 has no text 'golden'"),
-        (["--golden=few.jsonl"], "--batch_size 16: only 1 prompts, 64 human pairs"),
+        (["--golden=rows.jsonl"], "--golden rows.jsonl: row 1 has no golden or solution: prompt"),
+        (["--golden=empty.jsonl"], "--golden empty.jsonl: row 0 has no golden or solution: prompt"),
+        (["--golden=few.jsonl"], "--batch_size 16: only 0 prompts for the LLM, 64 human pairs"),
         (["--human=nowhere.jsonl"], "nowhere.jsonl"),
         (["--held_out=long.jsonl"], "--held_out long.jsonl: 0 of 1 rows"),
         (
@@ -200,7 +222,7 @@ def test_bad_input_ends_with_one_line(game, flags, message, monkeypatch):
     pair = {"prompt": "a" * 300, "chosen": "b", "rejected": "c"}
     files = {
         "rows": rows, "few": rows[:1], "empty": [{"prompt": "a", "golden": " "}], "long": [pair],
-        "golden": [{"prompt": f"p{i}", "golden": "b"} for i in range(16)],
+        "golden": [{"prompt": f"p{i}", "golden": "b"} for i in range(32)],
     }  # fmt: skip
     for name, content in files.items():
         Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, content)))
@@ -292,7 +314,7 @@ def test_a_game_interrupted_anywhere_ends_as_an_undisturbed_one(game, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [1, 4])  # within the LLM's three steps, and after them
+@pytest.mark.parametrize("step", [1, 3])  # within the LLM's two steps, and after them
 def test_a_signal_ends_the_game_and_it_resumes(step, game, monkeypatch, capsys):
     flags = [*ARGV, "--variants=gail", "--rounds=1", "--batch_size=8"]
     inner, polls = StopSignals.anywhere, []
@@ -329,12 +351,12 @@ def test_every_aligner_takes_its_step_on_the_best_and_worst(game, aligner):
     tasks = {}
     for row in map(json.loads, open("out/mini/seed0/train.jsonl")):
         tasks.setdefault(row["prompt"], [])
-    asked = list(tasks)[:32]
+    asked = list(tasks)[:44]
     for row in map(json.loads, (home / "answers/model-T1.jsonl").open()):
         if row["ended"]:
             tasks[asked[row["prompt"]]].append(row["text"])
     reward, n = RewardModel(str(home / "reward/hf"), torch.device("cpu")), 0
-    for prompt in asked:
+    for prompt in asked[22:]:  # the LLM's
         texts = tasks[prompt]
         scores = reward.score([user_chat(prompt)] * len(texts), texts) if texts else []
         best, worst = best_and_worst(texts, scores) if texts else ("", "")
