@@ -249,7 +249,7 @@ class Writer:
     there is no config, tokenizer, chat template or, in a folder, no weights.
     """
 
-    def __init__(self, name: str, flag: str, args, device: torch.device, day: str):
+    def __init__(self, name: str, flag: str, args, device: torch.device, day: str | None = None):
         self.name, self.flag, self.args, self.device, self._lm = name, flag, args, device, None
         self.config = read_any_config(name, flag)
         self.room = positions_of(self.config) - args.max_new_tokens  # tokens of a prompt

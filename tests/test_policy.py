@@ -496,7 +496,7 @@ def test_values_are_the_files_in_every_form_and_precision(family, form, dtype, t
         file.unlink()
     assert len([*folder.glob("*.bin"), *folder.glob("*.safetensors")]) > ("shards" in form)
     policy.read_model_config(str(folder), 64)
-    args = SimpleNamespace(chat_template=None, dtype="float32")
+    args = SimpleNamespace(chat_template=None, dtype="float32", max_new_tokens=8)
     loaded = {  # training, reward model's training, generation, evaluation
         load_lm(str(folder), torch.float32).model: torch.float32,
         load_lm(str(folder), torch.float32, wrapper=RewardLM).model: torch.float32,
