@@ -215,7 +215,7 @@ def read_with_datasets(source: str, split: str, config: str | None) -> Sequence[
             error = error.__cause__ or error
         reason = shortened(str(error)) or type(error).__name__
         if "Config name is missing" in reason:
-            reason += " (--dataset_config NAME picks one)"
+            reason += " (--dataset_config NAME picks one of those of --dataset)"
         raise InputError(f"{source}: {missing}cannot be loaded as a data set: {reason}") from None
     if isinstance(found, datasets.Dataset):
         found = {"train": found}
