@@ -38,7 +38,7 @@ from data import (
     load_pairs,
     split_thinking,
 )
-from helpers import CHAT, DATA, SHARED, TURNS, json_of, run, tiny, write_lines
+from helpers import CHAT, DATA, SHARED, SPECIAL, TURNS, json_of, run, tiny, write_lines
 from packing import batch_indices, epoch_order, pack, plan_forwards, survey
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no published data at {SHARED}")
@@ -554,9 +554,9 @@ def test_a_text_that_merely_holds_the_words_of_hh_rlhf_stays_one_turn_and_is_cou
     assert pairs.notes == {"Human: or Assistant: begins a line": 1}
 
 
-def test_answers_that_repeat_the_prompt_are_counted(tmp_path):
-    rows = [row("q", "q yes", "q no"), row("q", "q yes", "no")]
-    assert load(tmp_path, rows).notes == {"answers repeat the prompt": 1}
+def test_answers_that_repeat_the_prompt_and_empty_prompts_are_counted(tmp_path):
+    rows = [row("q", "q yes", " q no"), row("q", "q yes", "no"), row(" ", "a", "b")]
+    assert load(tmp_path, rows).notes == {"answers repeat the prompt": 1, "empty prompt": 1}
 
 
 def test_all_common_turns_are_the_prompt(tmp_path):
@@ -570,6 +570,12 @@ def test_all_common_turns_are_the_prompt(tmp_path):
     keeps_spaces = tiny(CHAT.replace(" | trim", ""))  # so that hh-rlhf's must already be gone
     pairs = load(tmp_path, rows, keeps_spaces)
     assert lists(pairs) == [[prompt, ids("b<|end|>"), ids("c<|end|>")]] * 3
+
+
+def test_nothing_is_folded_in_front_of_a_user_turn_by_an_empty_system_turn(tmp_path):
+    rows = [row([{"role": "system", "content": " "}, *chat("q")], answer("a"), answer("b"))]
+    template = NO_SYSTEM.replace(" | trim", "")
+    assert lists(load(tmp_path, rows, tiny(template)))[0][0] == ids("<s>" + HEAD)
 
 
 def test_a_refused_system_turn_opens_the_first_user_turn(tmp_path):
@@ -727,6 +733,15 @@ def test_pairs_that_only_thinking_tells_apart_or_fills_are_dropped_when_it_is_st
     reasons = {"identical without thinking": 1, "an answer of thinking alone": 1}
     assert load(tmp_path, rows, strip_thinking=True).dropped == reasons
     assert not load(tmp_path, rows).dropped
+
+
+def test_tags_of_thinking_may_be_special_tokens_in_what_the_assistant_says(tmp_path):
+    tokenizer = tiny(special=(*SPECIAL, "<think>", "</think>"))
+    think = "<think>so</think>"
+    rows = [*good(100), row(chat("q", think, "r"), think + "yes", "no"), row("<think>", "a", "b")]
+    pairs = load(tmp_path, rows, tokenizer)
+    assert pairs.dropped == {"literal special token": 1}
+    assert lists(pairs)[100][1] == ids(think + "yes<|end|>", tokenizer)
 
 
 @needs_shared
