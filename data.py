@@ -223,7 +223,7 @@ def read_with_datasets(source: str, split: str, config: str | None) -> Sequence[
             error = error.__cause__ or error
         reason = shortened(str(error)) or type(error).__name__
         if "Config name is missing" in reason:
-            reason += " (--dataset_config NAME picks one)"
+            reason += " (--dataset_config NAME picks one of those of --dataset)"
         raise InputError(f"{source}: {missing}cannot be loaded as a data set: {reason}") from None
     if isinstance(found, datasets.Dataset):
         found = {"train": found}
@@ -782,7 +782,8 @@ class ChatEncoder:
         if not self.folds_system or messages[0]["role"] != "system":
             return messages
         system, user, *rest = messages
-        return [{**user, "content": system["content"] + "\n\n" + user["content"]}, *rest]
+        texts = [text for text in (system["content"], user["content"]) if text.strip()]
+        return [{**user, "content": "\n\n".join(texts)}, *rest]
 
     def triplet(
         self, messages: list[dict], chosen: str, rejected: str, max_length: int, row: int,
@@ -793,7 +794,10 @@ class ChatEncoder:
         notes counts what was noticed. Raises RowFault if the pair cannot be encoded, and TooLong
         if nothing that tells the answers apart is left.
         """
-        for text in (*(m["content"] for m in messages), chosen, rejected):
+        for turn in (*messages, assistant_turn(chosen), assistant_turn(rejected)):
+            text = turn["content"]
+            if turn["role"] == "assistant":  # whose tags of thinking may be special tokens
+                text = THINKING.sub("", text)
             if self.special_text.search(text):  # the template would make a real token of it
                 raise RowFault("literal special token")
             if half_a_character(text):
@@ -904,14 +908,16 @@ def load_pairs(
 def noticed(row: dict, messages: list[dict], *answers: str, stripped: bool) -> dict[str, int]:
     """Returns counts of what is worth knowing about a row that is kept; stripped says whether its
     thinking was left out."""
-    *earlier, asked = (m["content"] for m in messages)
+    *earlier, asked = (m["content"].strip() for m in messages)
+    answers = [text.lstrip() for text in answers]
     better, worse = row.get("score_chosen"), row.get("score_rejected")
     scored = isinstance(better, int | float) and isinstance(worse, int | float)
     kept = "left out of" if stripped else "in"
     return {
         f"thinking {kept} answers": sum(split_thinking(text)[0] != "" for text in answers),
         "Human: or Assistant: begins a line": any(map(SPEAKER.search, (*earlier, asked, *answers))),
-        "answers repeat the prompt": all(a.lstrip().startswith(asked.strip()) for a in answers),
+        "empty prompt": asked == "",
+        "answers repeat the prompt": asked != "" and all(a.startswith(asked) for a in answers),
         "score tie": scored and better == worse,
         "score inversion": scored and better < worse,
     }

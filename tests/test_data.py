@@ -38,7 +38,7 @@ from data import (
     load_pairs,
     split_thinking,
 )
-from helpers import CHAT, DATA, SHARED, TURNS, json_of, run, tiny, write_lines
+from helpers import CHAT, DATA, SHARED, SPECIAL, TURNS, json_of, run, tiny, write_lines
 from packing import batch_indices, epoch_order, pack, plan_forwards, survey
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no published data at {SHARED}")
@@ -281,13 +281,14 @@ def check_rows(pairs, tokenizer, end_of_turn, header, max_length):
             assert end_of_turn not in scored[:-1] and len(prompt + scored) <= max_length
 
 
-def check_schemas(sources, ties, load):
+def check_schemas(sources, ties, load, **noted):
     """Those of data with scores come first."""
     first, *others = [load(source) for source in sources]
     for pairs in others:
         assert lists(pairs) == lists(first) and pairs.fingerprint == first.fingerprint
     for pairs, known in zip([first, *others], [{"score tie": ties}] * 3 + [{}] * 2, strict=True):
-        assert pairs.dropped == {"empty answer": 1, "identical pair": 3} and pairs.notes == known
+        assert pairs.dropped == {"empty answer": 1, "identical pair": 3}
+        assert pairs.notes == known | noted
     return first
 
 
@@ -382,7 +383,7 @@ def test_real_data_sets_keep_and_drop_what_was_counted(real):
 
         names = [f"ultrafeedback_{x}" for x in (*SCHEMAS_WITH_SCORES, "plain.jsonl.gz",
                                                 "explicit_chat.jsonl.gz")]  # fmt: skip
-        first = check_schemas(names, 95, load)
+        first = check_schemas(names, 95, load, **{"Human: or Assistant: begins a line": 1})
         assert (len(first.triplets), first.n_rows) == (770, 774)
         implicit, explicit = (
             load(f"llamafactory_dpo_en_{kind}.jsonl.gz") for kind in ("implicit", "explicit")
@@ -518,7 +519,7 @@ REFUSED_CASES = [
     ("10/tool_turns.jsonl", "tool turns 4"), ("10/assistant_first.jsonl", "assistant first 4"),
     ("19/dict_of_lists.jsonl", "a dict of lists in place of a list of messages 4"),
     ("16/clone", "pick one among the available configs: ['preference', 'kto']"),
-    ("16/clone", "(--dataset_config NAME picks one)"),
+    ("16/clone", "(--dataset_config NAME picks one of those of --dataset)"),
     ("17/two_files", "because column names don't match"),
 ]  # fmt: skip
 
@@ -553,9 +554,9 @@ def test_a_text_that_merely_holds_the_words_of_hh_rlhf_stays_one_turn_and_is_cou
     assert pairs.notes == {"Human: or Assistant: begins a line": 1}
 
 
-def test_answers_that_repeat_the_prompt_are_counted(tmp_path):
-    rows = [row("q", "q yes", "q no"), row("q", "q yes", "no")]
-    assert load(tmp_path, rows).notes == {"answers repeat the prompt": 1}
+def test_answers_that_repeat_the_prompt_and_empty_prompts_are_counted(tmp_path):
+    rows = [row("q", "q yes", " q no"), row("q", "q yes", "no"), row(" ", "a", "b")]
+    assert load(tmp_path, rows).notes == {"answers repeat the prompt": 1, "empty prompt": 1}
 
 
 def test_all_common_turns_are_the_prompt(tmp_path):
@@ -569,6 +570,12 @@ def test_all_common_turns_are_the_prompt(tmp_path):
     keeps_spaces = tiny(CHAT.replace(" | trim", ""))  # so that hh-rlhf's must already be gone
     pairs = load(tmp_path, rows, keeps_spaces)
     assert lists(pairs) == [[prompt, ids("b<|end|>"), ids("c<|end|>")]] * 3
+
+
+def test_nothing_is_folded_in_front_of_a_user_turn_by_an_empty_system_turn(tmp_path):
+    rows = [row([{"role": "system", "content": " "}, *chat("q")], answer("a"), answer("b"))]
+    template = NO_SYSTEM.replace(" | trim", "")
+    assert lists(load(tmp_path, rows, tiny(template)))[0][0] == ids("<s>" + HEAD)
 
 
 def test_a_refused_system_turn_opens_the_first_user_turn(tmp_path):
@@ -726,6 +733,15 @@ def test_pairs_that_only_thinking_tells_apart_or_fills_are_dropped_when_it_is_st
     reasons = {"identical without thinking": 1, "an answer of thinking alone": 1}
     assert load(tmp_path, rows, strip_thinking=True).dropped == reasons
     assert not load(tmp_path, rows).dropped
+
+
+def test_tags_of_thinking_may_be_special_tokens_in_what_the_assistant_says(tmp_path):
+    tokenizer = tiny(special=(*SPECIAL, "<think>", "</think>"))
+    think = "<think>so</think>"
+    rows = [*good(100), row(chat("q", think, "r"), think + "yes", "no"), row("<think>", "a", "b")]
+    pairs = load(tmp_path, rows, tokenizer)
+    assert pairs.dropped == {"literal special token": 1}
+    assert lists(pairs)[100][1] == ids(think + "yes<|end|>", tokenizer)
 
 
 @needs_shared
@@ -1072,7 +1088,7 @@ def test_one_of_several_configs_is_read_and_the_refusal_lists_them(tmp_path, mon
     pairs = load_pairs(source, "train", tiny(), 512, config="a")
     assert lists(pairs) == lists(load(tmp_path, good(3)))
     assert "available configs: ['a', 'b']" in (message := error_of(source))
-    assert message.endswith("(--dataset_config NAME picks one)")
+    assert message.endswith("(--dataset_config NAME picks one of those of --dataset)")
     assert "'c' not found. Available: ['a', 'b']" in error_of(source, config="c")
     assert "no preference data in text" in error_of(source, config="b")
 
