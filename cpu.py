@@ -51,6 +51,18 @@ def chosen_threads(miniature: bool) -> int | None:
     return max(1, (MINIATURE_THREADS if miniature else cores()) // processes)
 
 
+def begin_vector_mathematics():
+    """Calls one of MKL's vector functions (cos, exp, ...) for the first time, on this thread alone.
+
+    At the first call MKL finds out which CPU this is. Where two threads make that call at once, as
+    in the first forward, one of them may compute its part with less accuracy: in one of ten runs
+    on two threads the seventh digit was another.
+    """
+    import torch  # not before GOMP_SPINCOUNT is set
+
+    torch.zeros(1).cos()
+
+
 freed_memory_is_kept = False  # set by the function below, for the header
 
 

@@ -66,6 +66,7 @@ def start(timeout: float, miniature: bool = False) -> torch.device:
         torch.backends.cuda.enable_cudnn_sdp(False)
     else:
         cpu.keep_freed_memory()
+        cpu.begin_vector_mathematics()
         if threads := cpu.chosen_threads(miniature):
             torch.set_num_threads(threads)
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)

@@ -503,6 +503,7 @@ def build_alone(folder: Path, settings: dict, log: Callable):
     shutil.rmtree(unfinished, ignore_errors=True)  # left by a build that was killed
     unfinished.mkdir()
     begin, threads = time.perf_counter(), torch.get_num_threads()
+    cpu.begin_vector_mathematics()
     torch.set_num_threads(cpu.MINIATURE_THREADS)  # one seed gives one world everywhere
     try:
         write_world(unfinished, settings, log)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 import distributed
 import report
 from helpers import ROOT, run
+from miniature import world
 
 CPU = torch.device("cpu")
 
@@ -103,6 +104,22 @@ def test_a_session_has_the_chosen_threads(own, monkeypatch):
             assert torch.get_num_threads() == 2  # left as it was
     finally:
         torch.set_num_threads(before)
+
+
+def test_mkl_is_called_first_on_one_thread(monkeypatch, tmp_path):
+    """Two threads at once may compute with less accuracy, see test_reliability.py."""
+
+    class FirstCall(Exception):
+        pass
+
+    def first(*_):
+        raise FirstCall
+
+    monkeypatch.setattr(torch.Tensor, "cos", first)
+    with pytest.raises(FirstCall), distributed.session(9):
+        pass
+    with pytest.raises(FirstCall):
+        world.build(5, tmp_path, log=lambda line: None)
 
 
 # ---------------------------------------------------------------------- how threads wait

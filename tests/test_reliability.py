@@ -26,6 +26,8 @@ from types import SimpleNamespace
 if __name__ == "__main__":  # pytest has these folders on its path
     sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 0)]
 
+import cpu
+
 import pytest
 import torch
 from huggingface_hub import constants
@@ -39,7 +41,9 @@ import train_ganpo
 from data import load_pairs
 from flags import command_line
 from helpers import (
+    ROOT,
     close,
+    command,
     flags,
     furthest,
     join,
@@ -200,6 +204,25 @@ def test_settings_that_change_the_result_are_refused_by_name(
     with pytest.raises(SystemExit, match=rf"--resume: (.*; )?{name} was {old}[^;]*, is now [^;]*$"):
         train_ganpo.main(argv)
     assert before == {f: f.stat().st_mtime_ns for f in stopped.rglob("*") if f.name != ".lock"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cpu.cores() < 2, reason="one core has one thread")
+def test_every_process_on_two_threads_gives_the_same_bits(small, tmp_path):
+    """Before MKL was called first on one thread, one of ten processes gave others."""
+    settings = "--batch_size=8 --max_steps=3 --eval_every=0 --max_length=256 --lr=1e-4".split()
+    settings += [f"--model={small / 'model'}", f"--dataset={small / 'train.jsonl'}"]
+
+    def weights(out, *more):
+        done = command(ROOT / "train_ganpo.py", *settings, f"--out_dir={tmp_path / out}", *more)
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / out / "hf" / "model.safetensors").read_bytes()
+
+    undisturbed = weights("undisturbed")
+    weights("stopped", "--stop_after=1")
+    for i in range(10):
+        shutil.copytree(tmp_path / "stopped", tmp_path / f"{i}")
+        assert weights(f"{i}", "--resume") == undisturbed, i
 
 
 def test_a_model_and_data_that_have_moved_continue_bit_for_bit(
