@@ -385,8 +385,8 @@ class Game:
         if len(rows) < args.batch_size:
             raise InputError(
                 f"--batch_size {args.batch_size}: only {len(rows)} of {len(self.prompts)} prompts"
-                f" have two different answers that ended within --max_new_tokens"
-                f" {args.max_new_tokens} ({folder})"
+                f" have usable answers that ended within --max_new_tokens {args.max_new_tokens}"
+                f" ({folder})"
             )
         text = json_lines(rows)
         distributed.from_rank_0(lambda: write_synced(folder / "pairs.jsonl", text), "--out_dir")

@@ -22,7 +22,7 @@ from apo import train_apo
 from apo.train_apo import accuracy_and_ece, best_and_worst, difference_loss, pair_loss
 from data import user_chat
 from distributed import StopSignals
-from generate import pick
+from generate import Answer, pick
 from helpers import build_small_worlds, command, read_csv
 from reward_model import RewardModel
 
@@ -196,7 +196,13 @@ def test_the_reward_model_never_sees_the_llms_prompts(handed):
         (["--", "--timeout=5"], "--timeout after --: the game sets it"),
         (["--", "--resume"], "--resume after --: the game sets it"),
         (["--golden=rows.jsonl"], "--golden rows.jsonl: row 1 has no golden or solution: prompt"),
-        (["--golden=empty.jsonl"], "--golden empty.jsonl: row 0 has no golden or solution: prompt"),
+        (
+            ["--golden=empty.jsonl"],
+            "--golden empty.jsonl: row 0 has no golden or solution: prompt, ",
+        ),
+        (["--golden=other.jsonl"], "row 0 has no golden or solution: query, answer"),
+        (["--golden=tools.jsonl"], "--golden tools.jsonl: row 0: has tools"),
+        (["--golden=half.jsonl"], "--golden half.jsonl: row 0 holds half a character"),
         (["--golden=few.jsonl"], "--batch_size 16: only 0 prompts for the LLM, 64 human pairs"),
         (["--human=nowhere.jsonl"], "nowhere.jsonl"),
         (["--held_out=long.jsonl"], "--held_out long.jsonl: 0 of 1 rows"),
@@ -223,6 +229,9 @@ def test_bad_input_ends_with_one_line(game, flags, message, monkeypatch):
     files = {
         "rows": rows, "few": rows[:1], "empty": [{"prompt": "a", "golden": " "}], "long": [pair],
         "golden": [{"prompt": f"p{i}", "golden": "b"} for i in range(32)],
+        "other": [{"query": "a", "answer": "b"}],
+        "tools": [{"prompt": "a", "golden": "b", "tools": ["f"]}],
+        "half": [{"prompt": "a", "golden": "b \ud83d"}],
     }  # fmt: skip
     for name, content in files.items():
         Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, content)))
@@ -230,6 +239,36 @@ def test_bad_input_ends_with_one_line(game, flags, message, monkeypatch):
         train_apo.main([*ARGV, "--out_dir=never", *flags])
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
     assert not Path("never").exists()  # the next attempt meets an empty place
+
+
+HH = "\n\nHuman: Hi.\n\nAssistant: Hello!\n\nHuman: Go.\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"query": HH, "query_id": "0", "golden": " A hen."},  # APO's own converter
+        {"prompt": HH, "golden": " A hen."},
+        {"messages": [{"role": "user", "content": "Go."}], "prompt": "Go.", "solution": "A hen."},
+    ],
+)
+def test_golden_answers_are_read_in_apo_s_own_format_too(row, tmp_path):
+    (tmp_path / "g.json").write_text(json.dumps([row, row]))
+    (prompt,), (golden,) = train_apo.read_golden(str(tmp_path / "g.json"))
+    said = [user_chat("Hi.")[0], {"role": "assistant", "content": "Hello!"}, *user_chat("Go.")]
+    assert prompt.messages == (said if HH in row.values() else user_chat("Go."))
+    assert golden == "A hen."
+
+
+def test_a_game_whose_answers_are_cut_says_so(game, monkeypatch):
+    flags = [*ARGV, "--variants=apo", "--max_new_tokens=1"]
+    with pytest.raises(SystemExit, match="only 0 of 32 prompts have usable answers that ended"):
+        train_apo.main([*flags, "--out_dir=cut"])  # some are empty, and so have ended
+    cut = Answer("a", 1, False)
+    write = lambda lm, encoder, chats, samples, **more: [cut] * samples * len(chats)  # noqa: E731
+    monkeypatch.setattr(eval_alpaca, "generate", write)
+    with pytest.raises(SystemExit, match="no answer of the LLM ended within --max_new_tokens 1, "):
+        train_apo.main([*flags, "--out_dir=all"])
 
 
 def test_a_reward_model_stopped_and_resumed_equals_an_undisturbed_one(game, monkeypatch):
