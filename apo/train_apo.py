@@ -384,7 +384,7 @@ class Game:
         rows = self.pairs(samples, rewards)
         if len(rows) < args.batch_size:
             raise InputError(
-                f"--batch_size {args.batch_size}: only {len(rows)} of {len(self.prompts)} prompts"
+                f"--batch_size {args.batch_size}: only {len(rows)} of {len(rewards)} prompts"
                 f" have usable answers that ended within --max_new_tokens {args.max_new_tokens}"
                 f" ({folder})"
             )

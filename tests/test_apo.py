@@ -262,7 +262,7 @@ def test_golden_answers_are_read_in_apo_s_own_format_too(row, tmp_path):
 
 def test_a_game_whose_answers_are_cut_says_so(game, monkeypatch):
     flags = [*ARGV, "--variants=apo", "--max_new_tokens=1"]
-    with pytest.raises(SystemExit, match="only 0 of 32 prompts have usable answers that ended"):
+    with pytest.raises(SystemExit, match="only 0 of 22 prompts have usable answers that ended"):
         train_apo.main([*flags, "--out_dir=cut"])  # some are empty, and so have ended
     cut = Answer("a", 1, False)
     write = lambda lm, encoder, chats, samples, **more: [cut] * samples * len(chats)  # noqa: E731

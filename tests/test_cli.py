@@ -401,6 +401,7 @@ def test_runs_without_out_dir_take_the_next_free_folder(tiny_world, tmp_path, mo
 # ---------------------------------------------------------------------- the command line
 
 
+@pytest.mark.slow
 def test_python_and_torchrun_do_the_same(tiny_world, tmp_path):
     for name, torchrun in (("python", 0), ("torchrun", 1)):
         argv = flags(tiny_world, tmp_path / name, "--max_steps=2")

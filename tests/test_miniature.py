@@ -315,7 +315,7 @@ def naive(lm, encoder, messages, temperature, seed, sample, n):
             p = np.exp(logits / temperature - (logits / temperature).max())
             token = int((np.cumsum(p / p.sum()) > u).argmax())
         ids = [*ids, token]
-        if token in (encoder.end_of_turn, lm.config.eos_token_id):
+        if token in (encoder.end_of_turn, lm.config.get_text_config().eos_token_id):
             return encoder.tokenizer.decode(ids[len(prompt) : -1]), len(ids) - len(prompt), True
     return encoder.tokenizer.decode(ids[len(prompt) :]), n, False
 
