@@ -706,6 +706,8 @@ def test_flags_that_are_not_used_are_named(exam, tmp_path, capsys):
         examine(exam, tmp_path / "b", "--temperatures", "0", "--samples=2")
     examine(exam, tmp_path / "c", "--top_k=3", "--seed=1")
     assert "not used" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="^reward_model.py: --keep needs --save_every: without it"):
+        reward_model.main(["--keep=3"])
 
 
 def test_a_moved_model_is_the_same_and_other_weights_are_not(exam, tmp_path):
