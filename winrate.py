@@ -50,7 +50,8 @@ def mean_and_error(
     """Returns mean and standard error of a key of score rows, both times scale.
 
     The answers to one prompt are averaged first, so the error is that over prompts. Rows without
-    the key are left out; if no row has it, both numbers are None. One prompt alone has no error.
+    the key are left out; if no row has it, both numbers are None. One prompt alone has no error,
+    and neither have prompts with equal values: the formula's 0 would claim certainty.
     """
     values = {}
     for row in rows:
@@ -59,7 +60,7 @@ def mean_and_error(
     means = scale * np.array([np.mean(v) for v in values.values()])
     if not len(means):
         return None, None
-    return float(means.mean()), float(standard_error(means)) if len(means) > 1 else None
+    return float(means.mean()), float(standard_error(means)) if np.ptp(means) else None
 
 
 def length_controlled(

@@ -366,6 +366,7 @@ def test_errors_are_over_prompts_not_over_their_samples():
     assert (mean, error) == (50, of_prompts.std(ddof=1) / 3**0.5)
     assert winrate.mean_and_error(rows, "y") == (None, None)
     assert winrate.mean_and_error(rows[:1], "x") == (1.0, None)
+    assert winrate.mean_and_error([{"prompt": p, "x": 1} for p in range(9)], "x") == (1.0, None)
     assert np.isnan(winrate.standard_error(of_prompts[:1]))
 
 
@@ -492,7 +493,7 @@ def test_scores_and_rates_are_those_of_each_answer_judged_by_itself(exam, tmp_pa
         assert [o["output"] for o in outputs] == own[::2]
         assert set(outputs[0]) == {"instruction", "output", "generator", "dataset"}
     printed = capsys.readouterr().out
-    assert "judge mini" in printed and printed.count("+-") == 7  # the legend's and 3 of each row
+    assert "judge mini" in printed and printed.count("+-") == 5  # the legend's and 2 of each row
 
 
 def test_answers_that_were_cut_are_counted_everywhere(exam, tmp_path, capsys, monkeypatch):
@@ -755,6 +756,8 @@ def test_flags_that_are_not_used_are_named(exam, tmp_path, capsys):
         examine(exam, tmp_path / "b", "--temperatures", "0", "--samples=2")
     examine(exam, tmp_path / "c", "--top_k=3", "--seed=1")
     assert "not used" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="^reward_model.py: --keep needs --save_every: without it"):
+        reward_model.main(["--keep=3"])
 
 
 def test_a_moved_model_is_the_same_and_other_weights_are_not(exam, tmp_path):
