@@ -370,10 +370,10 @@ def sync_folder(path: Path):
 
 def hash_files(folder: Path) -> dict[str, list]:
     """Returns [size, SHA-256] of every file but the manifest, by name; all ranks call it."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     files = sorted(f for f in Path(folder).iterdir() if f.name != MANIFEST)
-    mine = {f.name: [f.stat().st_size, sha256(f)] for f in files[rank::world]}
-    shares = [None] * world
+    mine = {f.name: [f.stat().st_size, sha256(f)] for f in files[rank::ranks]}
+    shares = [None] * ranks
     dist.all_gather_object(shares, mine)
     return {name: entry for share in shares for name, entry in share.items()}
 

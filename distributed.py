@@ -1,7 +1,7 @@
 """What several processes need and one process does too: start, sharding, gathered tensors.
 
 The same code serves `python train_ganpo.py` and `torchrun`, one process and many, CPU and GPU: one
-process is a world of size one. A rank is one process of a world.
+process is then the only rank. A rank is one of the processes that work together.
 """
 
 import cpu
@@ -52,8 +52,8 @@ def check_launch():
 def start(timeout: float, miniature: bool = False) -> torch.device:
     """Joins the process group and returns the device of this process.
 
-    Under torchrun its environment variables say how the ranks meet. Without it the process is a
-    world of one that needs no port. On a CPU the number of threads and the allocator are set
+    Under torchrun its environment variables say how the ranks meet. Without it the process is the
+    only rank and needs no port. On a CPU the number of threads and the allocator are set
     (cpu.py). A rank that waits for the others longer than timeout seconds ends with an error.
     miniature says whether the run is one of the miniature, which has its own number of threads
     (cpu.py). Raises InputError as check_launch does.
@@ -200,10 +200,10 @@ def sharing_ranks() -> int:
     (HSDP). If every node has one rank, all ranks share one copy. Raises InputError if nodes differ
     in their number of ranks.
     """
-    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if world % local:
-        raise InputError(f"{world} ranks on nodes of {local}: all nodes need equally many ranks")
-    return world if local == 1 else local
+    ranks, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if ranks % local:
+        raise InputError(f"{ranks} ranks on nodes of {local}: all nodes need equally many ranks")
+    return ranks if local == 1 else local
 
 
 def make_mesh(device: torch.device, timeout: float) -> DeviceMesh:
@@ -211,10 +211,10 @@ def make_mesh(device: torch.device, timeout: float) -> DeviceMesh:
 
     timeout is that of start(); the mesh's own groups would otherwise wait for torch's default.
     """
-    sharing, world = sharing_ranks(), dist.get_world_size()
-    if sharing == world:
-        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    shape = (world // sharing, sharing)
+    sharing, ranks = sharing_ranks(), dist.get_world_size()
+    if sharing == ranks:
+        return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
+    shape = (ranks // sharing, sharing)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     for group in mesh.get_all_groups():
         _set_pg_timeout(timedelta(seconds=timeout), group)

@@ -257,8 +257,8 @@ def print_header(
     forwards = f"{survey.fewest}"
     if survey.fewest != survey.most:
         forwards += f" to {survey.most}"
-    ranks = f"{run.world} rank(s)"
-    if run.world > 1:
+    ranks = f"{run.ranks} rank(s)"
+    if run.ranks > 1:
         ranks += f" (the busiest has {survey.imbalance:.1%} more tokens than the mean)"
     print0(
         f"{args.batch_size} pairs/step = {ranks} x {forwards} forward(s) of up to"

@@ -289,13 +289,13 @@ def backward(
 
     pairs are those of all ranks. Equal rewards count 1/2 in the accuracy.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for part in plan_forwards(pairs, world, args.micro_batch_size, args.micro_tokens):
+    for part in plan_forwards(pairs, ranks, args.micro_batch_size, args.micro_tokens):
         batch = pack(part[rank]).to(device)
         chosen, rejected = lm(batch).chunk(2)
         losses = pair_loss(chosen, rejected, batch.rows)
-        (losses.sum() * world / args.batch_size).backward()  # FSDP2 averages over ranks
+        (losses.sum() * ranks / args.batch_size).backward()  # FSDP2 averages over ranks
         won = share_above_0(chosen - rejected)
         sums += torch.stack([losses, won]).detach().double().sum(1)
     dist.all_reduce(sums)

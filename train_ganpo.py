@@ -287,7 +287,7 @@ def backward(run, loss_opo: Tensor, loss_adv: Tensor):
     """
     lambda_adv = run.args.lambda_adv
     loss = loss_opo + lambda_adv * loss_adv if lambda_adv > 0 else loss_opo
-    (run.world * loss).backward()
+    (run.ranks * loss).backward()
 
 
 def schedule(step: int, max_steps: int, warmup: float) -> float:
@@ -370,7 +370,7 @@ def build(args, config: PretrainedConfig, device: torch.device) -> SimpleNamespa
 
     Returns `run`, which the functions of this file share:
 
-    args, device, rank and world; train adds max_steps and signals
+    args, device, rank and ranks (their number); train adds max_steps and signals
     policy, ref         policy.PackedLM, sharded; ref may be None
     critics             ModuleDict of disc_pos and disc_neg, or None
     optimizer, critic_optimizer, and trained, which holds all that a state saves
@@ -379,7 +379,7 @@ def build(args, config: PretrainedConfig, device: torch.device) -> SimpleNamespa
     autocast            opens the autocast of the critics
     """
     dtype, run = DTYPES[args.dtype], SimpleNamespace(args=args, device=device)
-    run.rank, run.world = dist.get_rank(), dist.get_world_size()
+    run.rank, run.ranks = dist.get_rank(), dist.get_world_size()
     run.opo_loss = with_settings(args.loss, vars(args))
     run.of_rewards = OPO_LOSSES[args.loss].needs_ref, args.beta
     mesh = distributed.make_mesh(device, args.timeout)
@@ -481,7 +481,7 @@ def pairs_of(data: PreferenceData, step: int, args) -> list[Triplet]:
 def my_forwards(run, pairs: list[Triplet]) -> list[list[Triplet]]:
     """Returns this rank's pairs, forward by forward; all ranks have equally many forwards."""
     args = run.args
-    forwards = plan_forwards(pairs, run.world, args.micro_batch_size, args.micro_tokens)
+    forwards = plan_forwards(pairs, run.ranks, args.micro_batch_size, args.micro_tokens)
     return [forward[run.rank] for forward in forwards]
 
 

@@ -280,7 +280,7 @@ def measure(args, train_args, steps: list, model_dir: str) -> dict:
 
     def flops(recomputed):
         of_token = model_flops(train_args, config, plans, device, recomputed)
-        return of_token * tokens_in(steps[-1]) / run.world
+        return of_token * tokens_in(steps[-1]) / run.ranks
 
     # torch's counter cannot look into flex_attention
     executed = flops(True) if run.policy.attention_kind == "flex" else None
