@@ -467,10 +467,32 @@ def export_policy(policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, f
         shell.save_pretrained(unfinished, state_dict=weights)
         if policy.model.can_generate():  # written here, because save_pretrained refuses some faults
             settings.to_json_file(unfinished / GENERATION_CONFIG_NAME)
+        add_older_names(unfinished / "config.json")
         tokenizer.save_pretrained(unfinished)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     dist.barrier()
+
+
+def add_older_names(path: Path):
+    """Adds to a config.json the names that transformers 4 has for the angles of positions.
+
+    It does not know the new one, and would take its own default angles without a word.
+    """
+    config = json.loads(path.read_text())
+    rope = config.get("rope_parameters") or {}
+    scaling = dict(
+        rope.get("full_attention", rope)
+    )  # some models have a set for each type of layer
+    if "rope_theta" in scaling:
+        config["rope_theta"] = scaling.pop("rope_theta")
+        if "partial_rotary_factor" in scaling:
+            config["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
+        if scaling.get("rope_type", "default") != "default":
+            config["rope_scaling"] = scaling
+    if "sliding_attention" in rope:
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def with_stop(settings: GenerationConfig, end_of_turn: int) -> GenerationConfig:
