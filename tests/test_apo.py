@@ -419,4 +419,8 @@ def test_two_ranks_play_the_game_of_one(game, handed):
     assert done.returncode == 0, done.stderr
     one, two = (json.loads(Path(x, "apo/round1/round.json").read_text()) for x in ("one", "two"))
     assert one.pop("variant") == two.pop("variant")
-    assert one == pytest.approx(two, rel=1e-3)
+    none = {k for k, v in one.items() if v is None}  # errors of rates where all are equal
+    assert none == {k for k, v in two.items() if v is None} and len(one) > len(none) + 5
+    assert {k: one[k] for k in {*one} - none} == pytest.approx(
+        {k: two[k] for k in {*two} - none}, rel=1e-3
+    )

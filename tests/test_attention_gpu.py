@@ -107,7 +107,7 @@ def test_flex_equals_the_loop_for_rows_of_every_length_with_few_graphs(softcap, 
 @pytest.mark.parametrize("family", SHAPES)
 def test_models_train_through_flex_as_through_the_loop(family, tmp_path, graphs):
     """Latents, log-probabilities and every gradient, with layers that are recomputed."""
-    name = make_model(tmp_path, family, num_hidden_layers=2)
+    name = make_model(tmp_path, family)
     loop, flex = (load_lm(name, torch.float64, True, kind) for kind in ("loop", "flex"))
     for lengths in ([(5, 9, 4)], [(130, 100, 20), (12, 1, 1), (7, 130, 8)]):
         batch = pack(triplets_for(lengths))

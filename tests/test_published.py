@@ -66,8 +66,9 @@ def test_six_steps_of_the_published_trainer(tmp_path, monkeypatch):
         run.args.lr, run.args.disc_lr = rates[step], disc_rates[step]
         return take_step(run, batches, step)
 
+    data = PreferenceData(triplets, Counter(), Counter(), len(triplets), "")
     patches = {
-        "load_pairs": lambda *_: PreferenceData(triplets, Counter(), Counter(), len(triplets), ""),
+        "load_data": lambda *_: (data, None),
         "batch_indices": lambda step, *_: range(PAIRS * step, PAIRS * (step + 1)),
         "build_critics": lambda *args: load_recorded(build(*args)),
         "schedule": lambda *_: 1.0,
