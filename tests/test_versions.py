@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from checkpoint import add_older_names
 from helpers import LENGTHS, SHAPES, make_model, make_rows, run, triplets_for
 
 # of each version: what to install beside the packages that are there, and whether it reads the
@@ -35,6 +36,37 @@ for folder in asked["folders"]:
     found[folder] = rows, text
 print(json.dumps(found))
 """
+
+
+@pytest.mark.parametrize(
+    "rope, older",
+    [
+        ({"rope_type": "default", "rope_theta": 5.0}, {"rope_theta": 5.0}),
+        (
+            {"rope_type": "yarn", "rope_theta": 5.0, "factor": 2.0, "partial_rotary_factor": 0.5},
+            {
+                "rope_theta": 5.0, "partial_rotary_factor": 0.5,
+                "rope_scaling": {"rope_type": "yarn", "factor": 2.0},
+            },
+        ),
+        (
+            {
+                "full_attention": {"rope_type": "linear", "rope_theta": 5.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 7.0},
+            },
+            {
+                "rope_theta": 5.0, "rope_local_base_freq": 7.0,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            },
+        ),
+        (None, {}),
+    ],
+)  # fmt: skip
+def test_an_export_names_its_angles_as_version_4_does(rope, older, tmp_path):
+    config = {"model_type": "any"} | ({"rope_parameters": rope} if rope else {})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    add_older_names(tmp_path / "config.json")
+    assert json.loads((tmp_path / "config.json").read_text()) == config | older
 
 
 @pytest.mark.slow
