@@ -30,7 +30,8 @@ def choose(wanted: str, config: PretrainedConfig, device: torch.device, dtype: t
     would give wrong results for this model. On a GPU flex's kernels are compiled here.
     """
     kernels = device.type == "cuda" and dtype == torch.bfloat16
-    softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    config = config.get_text_config()
+    softcap = getattr(config, "attn_logit_softcapping", None)
     if wanted == "auto":
         wanted = ("flex" if softcap else "varlen") if kernels else "loop"
     if wanted != "loop" and not kernels:
