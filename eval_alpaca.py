@@ -222,7 +222,7 @@ def as_pair(row) -> dict:
 
     The prompt is a text as instruction (with Alpaca's input behind it, after an empty line) or a
     prompt as data.to_messages reads it: a text or a chat, with system and history. Raises RowFault
-    if there is none.
+    if there is none, or an input without an instruction.
     """
     if not isinstance(row, dict):
         raise RowFault("not an object")
@@ -232,6 +232,8 @@ def as_pair(row) -> dict:
         if not all(isinstance(part, str) for part in parts):
             raise RowFault("instruction or input is not text")
         pair["prompt"] = "\n\n".join(parts)
+    elif filled(row.get("input")):
+        raise RowFault("input without an instruction, to which it would belong")
     elif not filled(row.get(prompt_column(pair))):
         raise RowFault(f"no instruction and no prompt, text or chat, in {', '.join(row)}")
     return pair
@@ -599,7 +601,8 @@ def annotated(args) -> tuple[list[dict], list[dict]]:
     for i, row in enumerate(read_rows(args.annotations, "train")):
         row = dict(row) if isinstance(row, dict) else {}
         where = f"--annotations {args.annotations}: row {i}"
-        index, preference = place.get(row.get("instruction")), row.get("preference")
+        instruction, preference = row.get("instruction"), row.get("preference")
+        index = place.get(instruction) if isinstance(instruction, str) else None
         if index is None:
             raise InputError(f"{where}: not one of AlpacaEval's instructions")
         if index in found:
@@ -615,6 +618,8 @@ def annotated(args) -> tuple[list[dict], list[dict]]:
             refuse_half_characters(row[key], where)
         if preference is None or preference != preference:
             row["preference"] = None  # the judge has failed: null, or nan
+        elif isinstance(preference, bool):
+            raise InputError(f"{where}: preference {preference!r} is not in [1, 2]")
         elif preference == 0:
             row["preference"] = 1.5  # so AlpacaEval once wrote a tie
         elif not isinstance(preference, int | float) or not 1 <= preference <= 2:
@@ -641,8 +646,10 @@ def annotated(args) -> tuple[list[dict], list[dict]]:
 
 
 def one_of(rows: Iterable[dict], column: str, source: str) -> str:
-    """Returns the value of a column; raises InputError unless it is the same in all rows."""
-    values = list(dict.fromkeys(str(row.get(column, "?")) for row in rows))
+    """Returns the value of a column; raises InputError unless all rows have it and it is one."""
+    values = list(dict.fromkeys(row.get(column) for row in rows))
+    if not all(isinstance(value, str) for value in values):
+        raise InputError(f"--annotations {source}: a row has no text as {column}")
     if len(values) > 1:
         raise InputError(f"--annotations {source}: several values of {column}: {values[:3]}")
     return values[0]
@@ -654,17 +661,18 @@ def official_control(args, prompts: list[int]) -> Callable:
     Where annotations are missing, AlpacaEval gives the i-th row the difficulty of instruction i;
     --difficulty instruction gives each row that of its own. What was done is printed.
     """
-    place = np.array(prompts)
-    looked_up = place if args.difficulty == "instruction" else np.arange(len(place))
-    if len(place) < ALPACA_N:
+    n, by_position = len(prompts), args.difficulty == "position"
+    if n < ALPACA_N:
         how = "the row's own instruction"
-        if args.difficulty == "position":
+        if by_position:
             how = "row position, as AlpacaEval does (--difficulty instruction: by its own)"
-        print0(f"{len(place)} of {ALPACA_N} instructions have a preference; difficulties by {how}")
+        print0(f"{n} of {ALPACA_N} instructions have a preference; difficulties by {how}")
+    elif not by_position:
+        print0("not used with all annotations: --difficulty")
     path = alpaca_file(args, "instruction_difficulty.csv")
     with input_error_for(str(path)), path.open() as file:
         of_prompt = {int(r["index"]): r["instruction_difficulty"] for r in csv.DictReader(file)}
-        difficulty = np.array([float(of_prompt[i]) for i in looked_up.tolist()])
+        difficulty = [float(of_prompt[i]) for i in (range(n) if by_position else prompts)]
     path = alpaca_file(args, "df_gamed.csv")
     with input_error_for(str(path)), path.open() as file:
         rows = list(csv.DictReader(file))
@@ -672,7 +680,7 @@ def official_control(args, prompts: list[int]) -> Callable:
         length, of_rows, preference, index = np.array([[float(r[k]) for r in rows] for k in names])
         constant = np.array([r["not_gamed_baseline"] == "True" for r in rows], dtype=float)
     gamed = np.stack([np.tanh(length), of_rows, constant], 1), preference, index
-    return partial(length_controlled, difficulty=difficulty, place=place, gamed=gamed)
+    return partial(length_controlled, difficulty=np.array(difficulty), gamed=gamed)
 
 
 # ---------------------------------------------------------------------- an evaluation
@@ -720,6 +728,8 @@ def check_input(args, device: torch.device) -> SimpleNamespace:
     if args.reward_model:
         encoder, config = read_reward_model(args.reward_model, day=args.day)
         whose = f"--reward_model {args.reward_model}"
+        if encoder.day:
+            print0(f"{whose}: the chat template writes the date, here always {encoder.day}")
         with input_error_for(whose):
             check_token_ids(prompts_to_ids(encoder, chats), config)
     if args.score_discriminators:
@@ -810,7 +820,8 @@ def evaluate(args, device: torch.device) -> tuple[list[dict], list[dict]]:
         if who and who.unfinished(len(prompts), out, name):
             who.lm  # noqa: B018  read now, so that none writes if the other cannot be used
     results, scores = [], []
-    settings = {k: getattr(args, k) for k in "model baseline judge seed strip_thinking".split()}
+    names = "model baseline judge reward_model seed strip_thinking".split()
+    settings = {k: getattr(args, k) for k in names}
     for temperature in args.temperatures:
         rows = examine(writer.answers(prompts, temperature, out, "model"), writer)
         other = inputs.outputs
@@ -918,18 +929,21 @@ def parse_args(argv: list[str]):
     elif args.prompts == "alpaca_eval" and args.judge != "gpt4":
         args.baseline = args.baseline or "alpaca_eval"
     args.seed, args.max_new_tokens = args.seed or 0, args.max_new_tokens or 2048
-    if args.baseline == args.model:
+    if args.baseline and Path(args.baseline).resolve() == Path(args.model).resolve():
         args.baseline = None
     return args
 
 
 def default_out(args) -> str:
-    """Returns the folder for the answers of --model, another one for every model and --baseline.
+    """Returns the folder for the answers of --model, another one for every model, --baseline and
+    judging reward model.
 
     It lies beside the model's folder, or in out/ for a Hub id.
     """
     folder, name = Path(args.model), short_name(args.model)
     what = f"{Path(args.prompts).stem}-{args.judge}"
+    if args.judge == "rm":
+        what += f"-by-{short_name(args.reward_model)}"
     if args.baseline:
         what += f"-vs-{short_name(args.baseline)}"
     if not folder.is_dir():

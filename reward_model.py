@@ -14,6 +14,7 @@ train_ganpo.py: b pairs of a micro-batch, B pairs of a step or data set, N texts
 import cpu  # noqa: F401  must come before torch
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -188,6 +189,9 @@ class RewardModel:
                 ids = torch.tensor([texts[i] for i in some], device=self.model.device)
                 for i, logit in zip(some, self.model(ids).logits[:, 0].tolist(), strict=True):
                     rewards[i] = logit
+                    if not math.isfinite(logit):
+                        prompt = conversations[i][-1]["content"][:60]
+                        raise FloatingPointError(f"reward {logit} of the answer to {prompt!r}")
         return rewards
 
 
@@ -196,8 +200,8 @@ def hidden_states(model: PreTrainedModel, texts: list[list[int]]) -> tuple[Tenso
 
     texts are token ids; they are padded on the right. model is a Hugging Face model with any head.
     """
+    width = max(map(len, texts))
     lengths = torch.tensor([len(ids) for ids in texts], device=model.device)
-    width = int(lengths.max())
     ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in texts], device=model.device)
     mask = torch.arange(width, device=model.device) < lengths[:, None]
     out = model.base_model(ids, attention_mask=mask.long(), use_cache=False)

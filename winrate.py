@@ -20,8 +20,8 @@ NOTICED = {  # what a score row says beside its scores; results.json has the num
     "empty": "empty answers",
 }
 RESULT_COLUMNS = (
-    "model baseline judge temperature seed strip_thinking n unjudged win_rate win_rate_se"
-    " lc_win_rate mean_score mean_score_se strict_acc strict_acc_se loose_acc loose_acc_se"
+    "model baseline judge reward_model temperature seed strip_thinking n unjudged win_rate"
+    " win_rate_se lc_win_rate mean_score mean_score_se strict_acc strict_acc_se loose_acc loose_acc_se"
     " avg_length"
 ).split() + [key + whose for key in NOTICED for whose in ("", "_baseline")]
 PENALTIES = 1 / np.logspace(-4, 4, 10)  # L1, those that AlpacaEval tries
@@ -66,8 +66,8 @@ def mean_and_error(
 def length_controlled(
     win: np.ndarray,
     delta: np.ndarray,
+    place: np.ndarray,
     difficulty: np.ndarray | None = None,
-    place: np.ndarray | None = None,
     gamed: tuple | None = None,
 ) -> float | None:
     """Returns AlpacaEval 2's length-controlled win rate, in percent (arXiv 2404.04475).
@@ -77,8 +77,8 @@ def length_controlled(
 
     win         (n,) preference for the model, in [0, 1]
     delta       (n,) length of the baseline's answer minus length of the model's, in characters
+    place       (n,) the number of each instruction, which decides its fold
     difficulty  (n,) of the instructions, known for AlpacaEval's own judge and baseline
-    place       (n,) the number of each instruction, which decides its fold; by default 0 to n - 1
     gamed       features (m, 3), preferences (m,) and places (m,) of the baseline's own model when
                 it was told to be verbose or concise; AlpacaEval adds them to every fit, each with
                 weight 0.2 / 2
@@ -93,7 +93,6 @@ def length_controlled(
     if difficulty is not None:
         features.insert(1, difficulty)
     x, y, weight = np.stack(features, 1), win, np.ones(n)
-    place = np.arange(n) if place is None else place
     if gamed is not None:
         x, y, place = (np.concatenate(two) for two in zip((x, y, place), gamed, strict=True))
         weight = np.concatenate([weight, np.full(len(y) - n, 0.2 / 2)])
@@ -153,22 +152,24 @@ def sigmoid(z: np.ndarray) -> np.ndarray:
 def summary(rows: list[dict], control: Callable = length_controlled, **settings) -> dict:
     """Returns a row of results.json: the answers of one model at one temperature.
 
-    rows are score rows. control(win (n,), delta (n,)) gives the length-controlled win rate in
-    percent. settings are the columns that do not follow from rows, such as model and judge. n is
-    the number of prompts with a verdict, or of all where the judge gives none here.
+    rows are score rows. control(win, delta, place), arrays (n,), gives the length-controlled win
+    rate in percent. settings are the columns that do not follow from rows, such as model and judge.
+    n is the number of prompts with a verdict, or of all where the judge gives none here.
     """
     result = dict.fromkeys(RESULT_COLUMNS) | settings
     prompts = {r["prompt"] for r in rows}
-    given = (r["prompt"] for r in rows if any(r.get(k) is not None for k in VERDICTS))
-    judged = {*given} or prompts
+    judged = {r["prompt"] for r in rows if any(r.get(k) is not None for k in VERDICTS)}
+    if not judged and settings.get("judge") != "annotations":
+        judged = prompts
     result |= {"n": len(judged), "unjudged": len(prompts - judged)}
     for key, (name, scale) in VERDICTS.items():
         result[name], result[f"{name}_se"] = mean_and_error(rows, key, scale)
     compared = [r for r in rows if r.get("win") is not None]
     win = np.array([r["win"] for r in compared])
     delta = np.array([r["length_baseline"] - r["length"] for r in compared], dtype=float)
-    if len({r["prompt"] for r in compared}) >= LEAST_N:
-        result["lc_win_rate"] = control(win, delta)
+    place = np.array([r["prompt"] for r in compared])
+    if len({*place}) >= LEAST_N:
+        result["lc_win_rate"] = control(win, delta, place)
     result["avg_length"] = float(np.mean([r["length"] for r in rows]))
     for key in (key + whose for key in NOTICED for whose in ("", "_baseline")):
         known = [bool(r[key]) for r in rows if r.get(key) is not None]

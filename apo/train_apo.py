@@ -13,9 +13,9 @@ again from its base and is trained on human pairs and golden answers to its own 
     L_RM = L_BT(human pairs) + w L_BT(golden answer above each sample)
 
 Then the LLM moves towards those of its answers, to the other prompts, that have a high reward, by
-an offline method (--aligner). The paper bounds
-both divergences: that of the reward model by the human pairs, that of the LLM by the aligner. No
-new human label is needed as the LLM's answers change.
+an offline method (--aligner). The paper bounds both divergences: that of the reward model by the
+human pairs, that of the LLM by the aligner. No new human label is needed as the LLM's answers
+change.
 
 Flags after `--` go to train_ganpo.py, which takes the LLM's steps. --out_dir receives start/ and
 start.log (the LLM before the first round), for each variant and round a folder with log, answers/,
@@ -298,7 +298,8 @@ class Game:
 
     def rewards(self, folder: Path, samples: list[list[str]]) -> list[list[float]]:
         """Returns rewards of the samples to the LLM's prompts, by the reward model in a folder."""
-        scorer = RewardModel(str(folder / "hf"), self.device, DTYPES[self.args.dtype])
+        dtype, day = DTYPES[self.args.dtype], self.encoder.day
+        scorer = RewardModel(str(folder / "hf"), self.device, dtype, day)
         asked = [(p.messages, text) for p, texts in self.of_llm(samples) for text in texts]
         found = share_out(
             asked, lambda part: scorer.score(*zip(*part, strict=True)) if part else []

@@ -235,7 +235,8 @@ def test_57_ranked_models_have_their_published_rates(tmp_path):
         args = SimpleNamespace(alpaca_data=ALPACA, difficulty="position")
         with session(60, miniature=False):
             control = eval_alpaca.official_control(args, place)
-        found = control(win, np.array([lengths[i] for i in place]) - np.array(model["length"]))
+        delta = np.array([lengths[i] for i in place]) - np.array(model["length"])
+        found = control(win, delta, place)
         assert 100 * win.mean() == pytest.approx(model["win_rate"], abs=1e-6)
         off[model["model"]] = abs(found - model["length_controlled"])
     off = np.array(sorted(off.values()))
@@ -253,6 +254,10 @@ def test_57_ranked_models_have_their_published_rates(tmp_path):
         (dict(output_2="\ud83d"), "row 3 holds half a character"),
         (dict(output_1=7), "row 3: no text as output_1"),
         (dict(generator_1="another"), "row 3: no output_1, the answer of 'another'"),
+        (dict(generator_2=None), "a row has no text as generator_2"),
+        (dict(output_1="a"), "a row has no text as generator_1"),
+        (dict(instruction=["No text."]), "row 3: not one of AlpacaEval's instructions"),
+        (dict(preference=True), r"row 3: preference True is not in \[1, 2\]"),
         (dict(generator_2="yours"), "several values of generator_2: .'mine', 'yours'"),
         (0, "row 3: .* twice"),
     ],
@@ -275,6 +280,9 @@ def test_annotations_without_a_preference_are_left_out_and_counted(alpaca, tmp_p
     rows = [r for i, r in enumerate(rows) if i not in (3, 500)]
     wins = np.array([r["preference"] - 1 for r in rows])
     assert (found["n"], found["unjudged"]) == (803, 2)
+    none = [row | {"preference": None} for row in rows[:5]]
+    none = annotate(write_lines(tmp_path / "none.jsonl", none), tmp_path / "none", alpaca)
+    assert (none["n"], none["unjudged"], none["win_rate"]) == (0, 5, None)
     assert found["win_rate"] == pytest.approx(100 * wins.mean())
     assert found["win_rate_se"] == pytest.approx(100 * wins.std(ddof=1) / 803**0.5)
     expected = naive_length_controlled(alpaca, rows, by_position=True)
@@ -349,13 +357,16 @@ def test_length_control_takes_out_what_length_explains_and_nothing_else():
     by_length = (rng.random(4000) < longer_wins).astype(float)
     longer = delta < 100  # a model that mostly writes more, and wins by that alone
     assert by_length[longer].mean() > 0.65
-    assert abs(winrate.length_controlled(by_length[longer], delta[longer]) - 50) < 4
+    place = np.arange(4000)
+    rate = winrate.length_controlled(by_length[longer], delta[longer], place[longer])
+    assert abs(rate - 50) < 4
     of_its_own = (rng.random(4000) < 0.7).astype(float)
-    assert abs(winrate.length_controlled(of_its_own, delta) - 100 * of_its_own.mean()) < 0.6
-    assert winrate.length_controlled(of_its_own, 0 * delta) is None
-    assert winrate.length_controlled(0 * delta, delta) is None
-    there = winrate.length_controlled(by_length, delta)
-    back = winrate.length_controlled(1 - by_length, -delta)
+    rate = winrate.length_controlled(of_its_own, delta, place)
+    assert abs(rate - 100 * of_its_own.mean()) < 0.6
+    assert winrate.length_controlled(of_its_own, 0 * delta, place) is None
+    assert winrate.length_controlled(0 * delta, delta, place) is None
+    there = winrate.length_controlled(by_length, delta, place)
+    back = winrate.length_controlled(1 - by_length, -delta, place)
     assert abs(there + back - 100) < 1e-6
 
 
@@ -368,6 +379,16 @@ def test_errors_are_over_prompts_not_over_their_samples():
     assert winrate.mean_and_error(rows[:1], "x") == (1.0, None)
     assert winrate.mean_and_error([{"prompt": p, "x": 1} for p in range(9)], "x") == (1.0, None)
     assert np.isnan(winrate.standard_error(of_prompts[:1]))
+
+
+def test_a_reward_that_is_no_number_ends_the_evaluation(tiny_world):
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_world / "llama", num_labels=1)
+    torch.nn.init.constant_(model.score.weight, float("nan"))
+    scorer = object.__new__(RewardModel)
+    scorer.model, scorer.positions = model.eval(), 64
+    scorer.encoder = ChatEncoder(tiny())
+    with pytest.raises(FloatingPointError, match="reward nan of the answer to 'What now'"):
+        scorer.score([user_chat("What now")], ["a"])
 
 
 def test_a_summary_has_every_column_and_the_table_shows_them_together():
@@ -618,6 +639,7 @@ def test_a_row_of_prompts_is_read_whole(row, chat, tmp_path):
         ({"prompt": "Go.", "images": ["a.png"]}, "has images"),
         ({"instruction": "Go.", "input": {"a": 1}}, "instruction or input is not text"),
         ({"instruction": ["Go."]}, "instruction or input is not text"),
+        ({"prompt": "Go.", "input": "A text."}, "input without an instruction"),
         ({"messages": SAID}, "prompt ends with the assistant"),
         ({"prompt": "Go.", "history": "Hi."}, "history is no list of"),
         ({"question": "Go."}, "no instruction and no prompt, text or chat, in question"),
@@ -740,6 +762,8 @@ def test_the_default_folder_of_answers_differs_by_model_and_baseline(tmp_path, m
     assert out("models/b") == "models/eval-b-my-mini" and out("models/c/") != out("models/b")
     assert out("one/m") == "out/one--m/eval-my-mini" != out("two/m")
     assert out("models/b", "--baseline=runs/a/hf") == "models/eval-b-my-mini-vs-a"
+    by_another = "--judge=rm", "--reward_model=org/r"
+    assert out("models/b", *by_another) == "models/eval-b-my-rm-by-org--r"
     assert out("models/b", "--baseline=answers.json.gz") == "models/eval-b-my-mini-vs-answers"
     monkeypatch.chdir(tmp_path / "models" / "b")
     assert out(".") == "eval-b-my-mini"
