@@ -21,8 +21,8 @@ NOTICED = {  # what a score row says beside its scores; results.json has the num
 }
 RESULT_COLUMNS = (
     "model baseline judge reward_model temperature seed strip_thinking n unjudged win_rate"
-    " win_rate_se lc_win_rate mean_score mean_score_se strict_acc strict_acc_se loose_acc loose_acc_se"
-    " avg_length"
+    " win_rate_se lc_win_rate mean_score mean_score_se strict_acc strict_acc_se loose_acc"
+    " loose_acc_se avg_length"
 ).split() + [key + whose for key in NOTICED for whose in ("", "_baseline")]
 PENALTIES = 1 / np.logspace(-4, 4, 10)  # L1, those that AlpacaEval tries
 FOLDS = 5  # of the cross-validation that chooses one
