@@ -481,9 +481,7 @@ def add_older_names(path: Path):
     """
     config = json.loads(path.read_text())
     rope = config.get("rope_parameters") or {}
-    scaling = dict(
-        rope.get("full_attention", rope)
-    )  # some models have a set for each type of layer
+    scaling = dict(rope.get("full_attention", rope))  # some models have a set per type of layer
     if "rope_theta" in scaling:
         config["rope_theta"] = scaling.pop("rope_theta")
         if "partial_rotary_factor" in scaling:

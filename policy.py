@@ -33,6 +33,7 @@ from transformers import (
     PretrainedConfig,
 )
 from transformers.utils import (
+    GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
@@ -254,7 +255,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_file(path: Path):
-    """Raises InputError if a file is a Git LFS pointer, or weights that are cut or damaged."""
+    """Raises InputError if a file is a Git LFS pointer, or if weights or generation_config.json are
+    cut or damaged."""
     with path.open("rb") as file:
         start, reason = file.read(len(LFS)), None
     if start == LFS:
@@ -262,14 +264,16 @@ def check_file(path: Path):
             f"{path.name} is a Git LFS pointer, not the file itself: run `git lfs pull` in"
             f" {path.parent}"
         )
-    if path.suffix == ".safetensors":
-        try:
+    try:
+        if path.suffix == ".safetensors":
             with safe_open(path, framework="pt"):  # compares the header with the file's size
                 pass
-        except SafetensorError as error:
-            reason = str(error)
+        elif path.name == GENERATION_CONFIG_NAME:  # transformers would pass over a faulty one
+            dict(json.loads(path.read_text()))
+    except (SafetensorError, ValueError, TypeError) as error:
+        reason = str(error)
     # before torch 1.6 a .bin was a pickle, which begins with 80, and no zip archive
-    elif path.suffix == ".bin" and start[:1] != b"\x80" and not zipfile.is_zipfile(path):
+    if path.suffix == ".bin" and start[:1] != b"\x80" and not zipfile.is_zipfile(path):
         reason = "not a zip archive of torch.save"
     if reason:
         size = f"{path.stat().st_size:,} bytes"

@@ -133,6 +133,8 @@ def test_of_a_multimodal_model_the_text_part_is_trained_and_exported(tiny_world,
     assert [type(m).__name__ for m in (whole, text)] == [
         "Gemma3ForConditionalGeneration", "Gemma3ForCausalLM"
     ]  # fmt: skip
+    exported = json_of(tmp_path / "r" / "hf" / "config.json")  # with the names of transformers 4
+    assert (exported["rope_theta"], exported["rope_local_base_freq"]) == (1e6, 1e4)
     ids = torch.arange(6, 40)[None]
     assert torch.equal(whole(ids).logits, text(ids).logits)
     assert text.get_output_embeddings().weight is text.get_input_embeddings().weight
@@ -399,6 +401,10 @@ NOT_PLAIN = {
         lambda f: (f / "tokenizer.json").write_bytes(POINTER), "tokenizer.json is a Git LFS pointer"
     ),
     "cut": (lambda f: cut(f / "model.safetensors"), "model.safetensors is cut or damaged"),
+    "cut settings": (
+        lambda f: (f / "generation_config.json").write_text('{"eos_token_id": [1,'),
+        "generation_config.json is cut or damaged",
+    ),
     "a cut .bin": (lambda f: cut(as_bin(f)), "pytorch_model.bin is cut or damaged"),
     "a cut shard": (
         lambda f: cut(in_shards(f)[1]),
