@@ -298,10 +298,10 @@ MAY_CHANGE_ON_RESUME = (
 ).split()
 # What has changed if a fingerprint has.
 FINGERPRINTS = {
-    "model_weights": "--model {model} holds other weights than the run began with",
-    "model_config": "--model {model} has another config.json than the run began with",
-    "ref_model_weights": "--ref_model {ref_model} holds other weights than the run began with",
-    "ref_model_config": "--ref_model {ref_model} has another config.json than the run began with",
+    "model_weights": "{model} holds other weights than the run began with",
+    "model_config": "{model} has another config.json than the run began with",
+    "ref_model_weights": "{ref_model} holds other weights than the run began with",
+    "ref_model_config": "{ref_model} has another config.json than the run began with",
     "data_fingerprint": "the data are not those that the run began with (other rows, another"
     " tokenizer or another chat template)",
 }
@@ -364,8 +364,8 @@ def check_same(old: dict, new: dict):
             elif k == "total_steps":
                 text += " (on which the learning rate of every step depends)"
             differences.append(text)
-    if differences:
-        raise InputError(f"--resume: {'; '.join(differences)}")
+    if differences:  # one text, if policy and reference are one model
+        raise InputError(f"--resume: {'; '.join(dict.fromkeys(differences))}")
 
 
 # ---------------------------------------------------------------------- the miniature's final table
