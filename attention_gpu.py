@@ -12,9 +12,8 @@ from data import InputError
 from packing import Packed, move
 
 BLOCK = 128  # tokens per side of a block of flex_attention's masks
-# Options of flex_attention's kernels for GPUs with less and less shared memory: those that torch
-# chooses, then loads that are not overlapped in backward, then blocks of fewer tokens.
-KERNEL_OPTIONS = [{}, {"bwd_num_stages": 1}] + [
+# Options of flex_attention's kernels for GPUs with less and less shared memory; {} are torch's own.
+KERNEL_OPTIONS = [{}] + [
     dict.fromkeys("fwd_BLOCK_M fwd_BLOCK_N".split(), n)
     | dict.fromkeys("bwd_BLOCK_M1 bwd_BLOCK_N1 bwd_BLOCK_M2 bwd_BLOCK_N2".split(), n)
     | {"num_stages": 1}
@@ -153,7 +152,7 @@ def fitting_options(
         if smaller and int(os.environ.get("RANK", 0)) == 0:
             print(
                 f"flex attention: torch's own kernels do not fit the {shared:,} bytes of shared"
-                f" memory of this GPU; used: {', '.join(f'{k} {v}' for k, v in smaller.items())}",
+                f" memory of this GPU; blocks of {smaller['fwd_BLOCK_M']} tokens are used instead",
                 flush=True,
             )
         return options | smaller
