@@ -12,13 +12,13 @@ from data import InputError
 from packing import Packed, move
 
 BLOCK = 128  # tokens per side of a block of flex_attention's masks
-# Options of the kernels by the size of their own blocks in tokens, for a GPU with little shared
-# memory. First comes what torch chooses.
-KERNEL_BLOCKS = {None: {}} | {
-    n: dict.fromkeys(("fwd_BLOCK_M", "fwd_BLOCK_N"), n)
-    | dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), n)
-    for n in (64, 32, 16)
-}
+# Options of flex_attention's kernels for GPUs with less and less shared memory; {} are torch's own.
+KERNEL_OPTIONS = [{}] + [
+    dict.fromkeys("fwd_BLOCK_M fwd_BLOCK_N".split(), n)
+    | dict.fromkeys("bwd_BLOCK_M1 bwd_BLOCK_N1 bwd_BLOCK_M2 bwd_BLOCK_N2".split(), n)
+    | {"num_stages": 1}
+    for n in (32, 16)
+]
 
 
 def tensor_on(x: np.ndarray, device: torch.device) -> Tensor:
@@ -135,27 +135,27 @@ def fitting_options(
     """Returns options of flex_attention with which its kernels fit the shared memory of a GPU.
 
     size is that of a head. The kernels are compiled, forward and backward, and training uses them
-    afterwards. Where torch's own blocks do not fit, a printed line names the smaller ones. Raises
-    InputError if none fits.
+    afterwards. Where torch's own do not fit, a printed line names what is used. Raises InputError
+    if none fits.
     """
     options = {"FORCE_USE_FLEX_ATTENTION": True}  # torch's other kernel, for short rows, fails
     if device.type != "cuda":
         return options
     shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    for n, blocks in KERNEL_BLOCKS.items():
+    for smaller in KERNEL_OPTIONS:
         try:
-            compile_kernels(heads, key_heads, size, softcap, device, options | blocks)
+            compile_kernels(heads, key_heads, size, softcap, device, options | smaller)
         except Exception as error:
             if "out of resource" not in str(error):
                 raise
             continue
-        if blocks and int(os.environ.get("RANK", 0)) == 0:
+        if smaller and int(os.environ.get("RANK", 0)) == 0:
             print(
-                f"flex attention: blocks of {n} tokens, because larger ones do not fit the"
-                f" {shared:,} bytes of shared memory of this GPU",
+                f"flex attention: torch's own kernels do not fit the {shared:,} bytes of shared"
+                f" memory of this GPU; blocks of {smaller['fwd_BLOCK_M']} tokens are used instead",
                 flush=True,
             )
-        return options | blocks
+        return options | smaller
     raise InputError(
         f"--attention flex needs more shared memory than the {shared:,} bytes of this GPU, with"
         f" heads of size {size}: pass --attention loop, or use an A100, an H100 or a newer GPU"
@@ -164,8 +164,8 @@ def fitting_options(
 
 def compile_kernels(heads, key_heads, size, softcap, device, options: dict):
     """Runs flex_attention forward and backward on a short row, with arguments as above."""
-    mask = block_mask(((0, 2 * BLOCK, 0, 0),), None, device)
-    shapes = [(1, 2 * BLOCK, n, size) for n in (heads, key_heads, key_heads)]
+    mask = block_mask(((0, 3 * BLOCK, 0, 0),), None, device)
+    shapes = [(1, 3 * BLOCK, n, size) for n in (heads, key_heads, key_heads)]
     qkv = [torch.zeros(shape, device=device, dtype=torch.bfloat16) for shape in shapes]
     qkv = [x.transpose(1, 2).requires_grad_() for x in qkv]
     with torch.enable_grad():
