@@ -3,6 +3,7 @@
 import functools
 import inspect
 import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -23,6 +24,14 @@ KERNEL_OPTIONS = [{}] + [
 
 def tensor_on(x: np.ndarray, device: torch.device) -> Tensor:
     return move(torch.from_numpy(x), device)
+
+
+def compiled(function: Callable, **options) -> Callable:
+    """Returns torch.compile of a function, as one graph for all lengths of rows."""
+    # otherwise a soft cap would be an input of the graph, which flex_attention cannot take and
+    # which makes the head keep its logits in float32
+    torch._dynamo.config.specialize_float = True
+    return torch.compile(function, dynamic=True, **options)
 
 
 # ---------------------------------------------------------------------- varlen
@@ -113,9 +122,6 @@ def flex_kernel():
     """
     from torch.nn.attention.flex_attention import flex_attention  # slow to import, as above
 
-    # otherwise the soft cap would be an input of the graph, which the kernel cannot take
-    torch._dynamo.config.specialize_float = True
-
     def kernel(*args, **options):
         if not torch.compiler.is_dynamo_compiling():
             raise InputError(
@@ -125,7 +131,7 @@ def flex_kernel():
             )
         return flex_attention(*args, **options)
 
-    return torch.compile(kernel, dynamic=True, fullgraph=True)
+    return compiled(kernel, fullgraph=True)
 
 
 @functools.cache

@@ -42,6 +42,7 @@ from transformers.utils import (
 )
 
 import attention
+from attention_gpu import compiled
 from data import InputError, find_template, hub_check, input_error_for, is_local
 from packing import Packed
 
@@ -154,7 +155,7 @@ def token_log_probs(
 def fused_log_probs():
     """Returns token_log_probs, compiled: the logits stay in bfloat16 in a GPU's memory, and are
     read and written a few times in place of some thirty."""
-    return torch.compile(token_log_probs, dynamic=True)
+    return compiled(token_log_probs)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

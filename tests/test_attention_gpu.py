@@ -28,7 +28,7 @@ import distributed
 from data import InputError
 from helpers import SHAPES, flags, make_model, slow, triplets_for
 from packing import pack
-from policy import load_lm, rows_per_chunk
+from policy import fused_log_probs, load_lm, rows_per_chunk, token_log_probs
 from test_attention import naive_varlen
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -80,7 +80,7 @@ def test_flex_equals_the_loop_for_rows_of_every_length_with_few_graphs(softcap, 
         T, flex, loop = len(batch.ids), *(attention.layout(k, batch) for k in ("flex", "loop"))
         assert (T + flex.padding) % 128 == 0
         for window in (None, 6):
-            qkv = [torch.randn(1, h, T + flex.padding, 16, dtype=torch.float64) for h in (4, 2, 2)]
+            qkv = [torch.randn(1, h, T + flex.padding, 8, dtype=torch.float64) for h in (8, 4, 4)]
             call = partial(flex.attend, scaling=0.25, window=window, softcap=softcap)
             with torch.no_grad():
                 outs = [call(*qkv)[:, :T]]
@@ -281,6 +281,25 @@ def test_log_probabilities_are_summed_in_float64_on_a_gpu(on_gpu, dtype, tmp_pat
     assert found.dtype == torch.float32
     ((_, args),) = (call for call in calls.seen if call[0].startswith("index_add"))
     assert args[0].dtype == args[3].dtype == dtype
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_the_head_is_one_graph_for_every_number_of_rows(softcap, graphs):
+    """As it is compiled for bfloat16 on a GPU; values and gradients are those of the plain one."""
+    torch.manual_seed(0)
+    fused_log_probs.cache_clear()
+    weight = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
+    for n in (90, 18, 270, 630):
+        h = torch.randn(n, 8, dtype=torch.float64, requires_grad=True)
+        arguments = h, weight, None, torch.randint(50, (n,)), softcap
+        plain = token_log_probs(*arguments)
+        fused = checkpoint(fused_log_probs(), *arguments, use_reentrant=False)
+        torch.testing.assert_close(fused, plain)
+        both = [torch.autograd.grad(x.square().sum(), (h, weight)) for x in (fused, plain)]
+        torch.testing.assert_close(*both)
+    assert len(graphs) == 1
+    assert not [x for x in graphs[0][1] if torch.is_tensor(x) and not x.ndim]
+    fused_log_probs.cache_clear()
 
 
 def test_chunks_of_the_head_are_larger_on_a_gpu():

@@ -93,6 +93,7 @@ def estimated_memory(
     )
     vocabulary = lm.get_output_embeddings().weight.shape[0]
     rows = min(rows_per_chunk(vocabulary, device), len(batch.labels))
+    fused = device.type == "cuda" and dtype == torch.bfloat16  # policy.fused_log_probs
     critics = sum(p.numel() for p in run.critics.parameters()) if run.critics else 0
     size = dtype.itemsize
     return parts | {
@@ -102,9 +103,9 @@ def estimated_memory(
         # gradient. Of the layers, the one in use and the next are whole.
         "unsharded": (models + 1) * size * (weights - layers)
         + 3 * size * layers / len(lm.base_model.layers),
-        # A chunk's logits, their softmax and its gradient; in bfloat16 the first and the last are
-        # there in float32 too.
-        "logits": rows * vocabulary * {2: 16, 4: 12, 8: 24}[size],
+        # A chunk's logits and their gradient. Unless fused, their softmax too, and in bfloat16 the
+        # logits and the gradient in float32 once more.
+        "logits": rows * vocabulary * (4 if fused else {2: 16, 4: 12, 8: 24}[size]),
     }
 
 
