@@ -509,7 +509,8 @@ def with_earlier_turns(prompt: list[dict], system, history) -> list[dict]:
         if first not in ([], own):
             raise RowFault("two system turns")
         first = own
-    return [*first, *turns, *rest]
+    repeated = turns == rest[: len(turns)]  # the chat holds these turns already
+    return [*first, *([] if repeated else turns), *rest]
 
 
 def unread_columns(row: dict) -> list[str]:
@@ -589,7 +590,7 @@ def find_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return text
 
 
-DAY_CODES = "%-d %-m %e %d %m %y %Y %b %B %a %A %j %x %X %c %H %I %M %S %p".split()
+DAY_CODES = "%F %D %T %R %-d %-m %e %d %m %y %Y %b %B %a %A %j %x %X %c %H %I %M %S %p".split()
 
 
 def on_day(template: str, day: str) -> str:
@@ -908,6 +909,7 @@ def load_pairs(
 def noticed(row: dict, messages: list[dict], *answers: str, stripped: bool) -> dict[str, int]:
     """Returns counts of what is worth knowing about a row that is kept; stripped says whether its
     thinking was left out."""
+    thoughts = [split_thinking(m["content"])[0] for m in messages if m["role"] == "assistant"]
     *earlier, asked = (m["content"].strip() for m in messages)
     answers = [text.lstrip() for text in answers]
     better, worse = row.get("score_chosen"), row.get("score_rejected")
@@ -915,6 +917,10 @@ def noticed(row: dict, messages: list[dict], *answers: str, stripped: bool) -> d
     kept = "left out of" if stripped else "in"
     return {
         f"thinking {kept} answers": sum(split_thinking(text)[0] != "" for text in answers),
+        f"thinking {kept} earlier turns": sum(thought != "" for thought in thoughts),
+        "tags of thinking within an answer": any(
+            THINKING.search(split_thinking(text)[1]) for text in answers
+        ),
         "Human: or Assistant: begins a line": any(map(SPEAKER.search, (*earlier, asked, *answers))),
         "empty prompt": asked == "",
         "answers repeat the prompt": asked != "" and all(a.startswith(asked) for a in answers),
@@ -934,7 +940,7 @@ def load_data(
     """
     load = partial(
         load_pairs, tokenizer=tokenizer, max_length=max_length, log=log,
-        strip_thinking=args.strip_thinking, day=args.template_day,
+        strip_thinking=args.strip_thinking, day=args.template_day or str(date.today()),
     )  # fmt: skip
     data, held_out = load(args.dataset, args.split, config=args.dataset_config), None
     if len(data.triplets) < args.batch_size:

@@ -43,6 +43,12 @@ def check_launch():
         needed = "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
         if missing := [name for name in needed if name not in os.environ]:
             raise InputError(f"RANK is set, but not {', '.join(missing)}: {advice}, or unset RANK")
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            if not os.environ.get(name, "1").isdigit():
+                raise InputError(f"{name} is {os.environ[name]!r}, which is no number: {advice}")
+        if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+            ranks = f"RANK {os.environ['RANK']} is not below WORLD_SIZE"
+            raise InputError(f"{ranks} {os.environ['WORLD_SIZE']}: {advice}")
         return
     for name in OTHER_LAUNCHERS:
         if os.environ.get(name, "1") not in ("", "0", "1"):

@@ -84,5 +84,7 @@ def refuse(program: list[str], error: Exception):
     """
     if dist.is_initialized():
         dist.destroy_process_group()
-    prints = os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
-    sys.exit(f"{Path(program[-1]).name}: {error}" if prints else 1)
+    rank, ranks = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "")
+    together = rank.isdigit() and ranks.isdigit() and int(rank) < int(ranks)
+    alone = not together or "MASTER_ADDR" not in os.environ  # no rank 0 would speak for this one
+    sys.exit(f"{Path(program[-1]).name}: {error}" if rank == "0" or alone else 1)

@@ -173,6 +173,7 @@ FAMILIES = (
     "qwen2", "qwen3", "smollm3",
 )  # fmt: skip
 
+PLAIN = {"F64", "F32", "BF16", "F16"}  # names that safetensors has for types of plain weights
 LFS = b"version https://git-lfs.github.com/spec/"  # how a pointer file of Git LFS begins
 MERGE = (
     "merge it first (peft: AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload()"
@@ -259,7 +260,7 @@ def check_file(path: Path):
     """Raises InputError if a file is a Git LFS pointer, or if weights or generation_config.json are
     cut or damaged."""
     with path.open("rb") as file:
-        start, reason = file.read(len(LFS)), None
+        start, reason, kinds = file.read(len(LFS)), None, {}
     if start == LFS:
         raise InputError(
             f"{path.name} is a Git LFS pointer, not the file itself: run `git lfs pull` in"
@@ -267,8 +268,9 @@ def check_file(path: Path):
         )
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt"):  # compares the header with the file's size
-                pass
+            with safe_open(path, framework="pt") as file:  # compares the header with the size
+                names = file.keys()
+                kinds = {name: file.get_slice(name).get_dtype() for name in names}
         elif path.name == GENERATION_CONFIG_NAME:  # transformers would pass over a faulty one
             dict(json.loads(path.read_text()))
     except (SafetensorError, ValueError, TypeError) as error:
@@ -279,6 +281,12 @@ def check_file(path: Path):
     if reason:
         size = f"{path.stat().st_size:,} bytes"
         raise InputError(f"{path.name} is cut or damaged ({size}; {reason}): fetch it again")
+    for name, kind in kinds.items():
+        if name.endswith(".weight") and kind not in PLAIN:
+            raise InputError(
+                f"{path.name} holds {name} as {kind}: quantised weights are not supported; pass the"
+                " model in float32, bfloat16 or float16"
+            )
 
 
 def read_any_config(name: str, flag: str = "--model") -> PretrainedConfig:

@@ -341,7 +341,8 @@ def read_config(out_dir: Path) -> dict | None:
         config = json.loads((Path(out_dir) / "config.json").read_text())
     except (OSError, ValueError):
         return None
-    return config if "data_fingerprint" in config else None  # a model's folder has such a file too
+    is_run = isinstance(config, dict) and "data_fingerprint" in config
+    return config if is_run else None  # a model's folder has such a file too
 
 
 def template_day(args) -> str | None:

@@ -385,19 +385,19 @@ def build(args, config: PretrainedConfig, device: torch.device) -> SimpleNamespa
     mesh = distributed.make_mesh(device, args.timeout)
     master = torch.promote_types(dtype, torch.float32)  # bf16 would round updates of 5e-7 away
 
-    def load(name, *settings):
+    def load(flag, name, *settings):
         kind = attention.choose(args.attention, AutoConfig.from_pretrained(name), device, dtype)
         loader = partial(load_lm, name, *settings, attention_kind=kind)
-        return distributed.load_sharded(loader, mesh, device, dtype, f"--model {name}:")
+        return distributed.load_sharded(loader, mesh, device, dtype, f"{flag} {name}:")
 
-    run.policy = load(args.model, master, args.checkpointing)
+    run.policy = load("--model", args.model, master, args.checkpointing)
     assert {p.dtype for p in run.policy.parameters()} == {master}
     run.optimizer = torch.optim.AdamW(
         run.policy.parameters(), args.lr, (0.9, 0.999), weight_decay=0.0, fused=True
     )
     run.ref = run.critic_optimizer = None
     if needs_reference(args):
-        run.ref = load(args.ref_model, dtype).requires_grad_(False)
+        run.ref = load("--ref_model", args.ref_model, dtype).requires_grad_(False)
     run.critics = build_critics(args, config.hidden_size)
     if run.critics:
         run.critics.to(device, master)

@@ -310,6 +310,9 @@ def test_other_programs_refuse_bad_input_before_the_miniature_is_built(
 # ---------------------------------------------------------------------- processes
 
 
+MEETING = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
 @pytest.mark.parametrize("program", [train_ganpo, reward_model, eval_alpaca])
 @pytest.mark.parametrize(
     "variables, message",
@@ -320,6 +323,8 @@ def test_other_programs_refuse_bad_input_before_the_miniature_is_built(
         ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS is 2, but RANK is not set"),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE is 4, but RANK is not set"),
         ({"PMI_SIZE": "8"}, "PMI_SIZE is 8, but RANK is not set"),
+        (MEETING | {"RANK": "x"}, "RANK is 'x', which is no number"),
+        (MEETING | {"RANK": "2"}, "RANK 2 is not below WORLD_SIZE 2"),
     ],
 )
 def test_processes_that_were_not_told_how_to_meet_are_refused(

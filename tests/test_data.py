@@ -458,6 +458,9 @@ EARLIER = {  # the same prompt, with turns in columns of their own
     "history of messages": row("q", "yes", "no") | {"system": "be kind", "history": chat("p", "o")},
     "columns beside chats": {"chosen": chat("q", "yes"), "rejected": chat("q", "no"),
                              "system": "be kind", "history": [["p", "o"]]},
+    "history that the chats hold": {"chosen": KIND + chat("p", "o", "q", "yes"),
+                                    "rejected": KIND + chat("p", "o", "q", "no"),
+                                    "history": [["p", "o"]]},
     "hh-rlhf": row("be kind\n\nHuman: p\n\nAssistant: o" + HH, " yes", " no"),
     "hh-rlhf in two chats": {
         name: f"be kind\n\nHuman: p\n\nAssistant: o{HH}{text}"
@@ -720,8 +723,11 @@ def test_thinking_is_kept_and_counted_or_stripped_and_counted(tmp_path):
     rows = [*good(4), row(chat("q", think + "a", "r"), think + "yes", think + "no")]
     rows.append(row("q", think + "yes", "no"))
     kept, stripped = (load(tmp_path, rows, strip_thinking=strip) for strip in (False, True))
-    assert kept.notes == {"thinking in answers": 3} and not kept.dropped
-    assert stripped.notes == {"thinking left out of answers": 3} and not stripped.dropped
+    assert kept.notes == {"thinking in answers": 3, "thinking in earlier turns": 1}
+    assert stripped.notes == {"thinking left out of answers": 3} | {
+        "thinking left out of earlier turns": 1
+    }
+    assert not kept.dropped and not stripped.dropped
     assert lists(kept)[5][1] == ids(think + "yes<|end|>")
     assert lists(stripped)[5] == [ids("<s>" + HEAD), ids("yes<|end|>"), ids("no<|end|>")]
     prompt = ids(f"<s>{HEAD}a<|end|>\n<|user|>r<|end|>\n<|assistant|>")

@@ -389,6 +389,13 @@ NOT_PLAIN = {
         lambda f: change_config(f, quantization_config={"quant_method": "gptq", "bits": 4}),
         r"quantised \(gptq\)",
     ),
+    "quantised, and not said so": (
+        lambda f: save_file(
+            {k: v.to(torch.int8) for k, v in load_file(f / "model.safetensors").items()},
+            f / "model.safetensors", {"format": "pt"},
+        ),
+        "model.safetensors holds .*weight as I8: quantised weights are not supported",
+    ),
     "a pointer": (
         lambda f: (f / "model.safetensors").write_bytes(POINTER),
         "model.safetensors is a Git LFS pointer.*`git lfs pull`",
