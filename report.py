@@ -294,8 +294,10 @@ MAY_CHANGE_ON_RESUME = (
     "preset model ref_model dataset dataset_config split strip_thinking chat_template eval_split"
     " golden human held_out exam eval_every micro_batch_size micro_tokens attention checkpointing"
     " save_every keep timeout stop_after epochs max_steps out_dir resume versions device ranks"
-    " held_out_fingerprint pairs dropped notes steps_per_epoch"
+    " threads held_out_fingerprint pairs dropped notes steps_per_epoch"
 ).split()
+# Of these the last bits of a float32 sum depend.
+EXACT_ONLY_WITH = "versions device ranks threads micro_batch_size micro_tokens attention".split()
 # What has changed if a fingerprint has.
 FINGERPRINTS = {
     "model_weights": "{model} holds other weights than the run began with",
@@ -324,6 +326,7 @@ def config_of(
         "versions": {n: version(n) for n in names} | {"python": platform.python_version()},
         "device": str(device),
         "ranks": dist.get_world_size(),
+        "threads": torch.get_num_threads(),
         "data_fingerprint": data.fingerprint,
         "held_out_fingerprint": held_out.fingerprint if held_out else None,
         "pairs": len(data.triplets),
@@ -354,19 +357,24 @@ def template_day(args) -> str | None:
 
 def check_same(old: dict, new: dict):
     """Raises InputError that names everything by which a resumed run would not continue the old
-    one."""
+    one. Prints what lets it continue only up to rounding."""
+    values = {
+        k: f"was {old.get(k)}, is now {new.get(k)}"
+        for k in sorted({*old, *new})
+        if old.get(k) != new.get(k)
+    }
     differences = []
-    for k in sorted({*old, *new} - {*MAY_CHANGE_ON_RESUME}):
-        if old.get(k) != new.get(k):
-            values = f"was {old.get(k)}, is now {new.get(k)}"
-            text = f"{k} {values}"
-            if k in FINGERPRINTS:
-                text = f"{FINGERPRINTS[k].format(**new)}: the fingerprint {values}"
-            elif k == "total_steps":
-                text += " (on which the learning rate of every step depends)"
-            differences.append(text)
+    for k in [k for k in values if k not in MAY_CHANGE_ON_RESUME]:
+        text = f"{k} {values[k]}"
+        if k in FINGERPRINTS:
+            text = f"{FINGERPRINTS[k].format(**new)}: the fingerprint {values[k]}"
+        elif k == "total_steps":
+            text += " (on which the learning rate of every step depends)"
+        differences.append(text)
     if differences:  # one text, if policy and reference are one model
         raise InputError(f"--resume: {'; '.join(dict.fromkeys(differences))}")
+    if rounding := [f"{k} {values[k]}" for k in EXACT_ONLY_WITH if k in values]:
+        print0(f"--resume: equal up to rounding, not bit for bit: {'; '.join(rounding)}")
 
 
 # ---------------------------------------------------------------------- the miniature's final table

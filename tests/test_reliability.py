@@ -226,7 +226,7 @@ def test_every_process_on_two_threads_gives_the_same_bits(small, tmp_path):
 
 
 def test_a_model_and_data_that_have_moved_continue_bit_for_bit(
-    six_steps, stopped, tiny_world, tmp_path
+    six_steps, stopped, tiny_world, tmp_path, capsys
 ):
     """Also in other files, and with a config.json that another version has written."""
     shutil.copytree(stopped, tmp_path / "r")
@@ -242,9 +242,34 @@ def test_a_model_and_data_that_have_moved_continue_bit_for_bit(
     places = {"model": "moved", "ref_model": "in_files", "dataset": "moved.jsonl"}
     more = [f"--{flag}={tmp_path / name}" for flag, name in places.items()]
     rows, again = run(tiny_world, tmp_path / "r", "--epochs=2", "--resume", *more)
+    assert "not bit for bit" not in capsys.readouterr().out
     assert furthest(six_steps[1], again) == 0
     for a, b in zip(six_steps[0], rows, strict=True):
         close(a, b, 0)
+
+
+def with_a_past(rank):
+    """Two threads, and memory that has been used before in another way in every process."""
+    torch.set_num_threads(2)
+    sizes = random.Random(os.getpid())
+    past = [torch.randn(sizes.randrange(1, 100_000)) for _ in range(sizes.randrange(200))]
+    del past[::2]
+    with_a_past.kept = past
+
+
+@pytest.mark.slow
+def test_two_threads_and_a_process_of_any_past_resume_bit_for_bit(tiny_world, tmp_path):
+    """With texts and batches so large that every operator divides its work between the threads."""
+    make_model(tmp_path / "llama", hidden_size=96, intermediate_size=256)
+    shutil.copy(tiny_world / "train.jsonl", tmp_path)
+    more = ("--batch_size=28", "--micro_batch_size=28", "--max_steps=8", "--disc_hidden=32",
+            "--save_every=2")  # fmt: skip
+    _, weights = run(tmp_path, tmp_path / "s", *more, prepare=with_a_past)
+    run(tmp_path, tmp_path / "stopped", *more, "--stop_after=6", prepare=with_a_past)
+    for i in range(5):
+        shutil.copytree(tmp_path / "stopped", tmp_path / f"r{i}")
+        _, again = run(tmp_path, tmp_path / f"r{i}", *more, "--resume", prepare=with_a_past)
+        assert furthest(weights, again) == 0
 
 
 def test_a_reference_that_is_not_used_may_be_any(stopped, tiny_world, tmp_path):
@@ -409,13 +434,15 @@ def test_a_module_is_named_as_it_was_started(monkeypatch):
     assert command_line(None, "b.py") == (["-m", "apo.train_apo"], ["--a"])
 
 
-def test_settings_that_do_not_may_change(six_steps, stopped, tiny_world, tmp_path):
+def test_settings_that_do_not_may_change(six_steps, stopped, tiny_world, tmp_path, capsys):
     shutil.copytree(stopped, tmp_path / "r")
     more = ("--epochs=2", "--micro_batch_size=3", "--save_every=1", "--checkpointing", "--keep=1")
     rows, _ = run(tiny_world, tmp_path / "r", *more, "--resume")
     for a, b in zip(six_steps[0], rows, strict=True):
         close(a, b, 1e-4)
     assert states(tmp_path / "r") == ["step-000006"]
+    said = "equal up to rounding, not bit for bit: micro_batch_size was 32, is now 3\n"
+    assert f"--resume: {said}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("files", [[], ["notes.txt"], ["config.json"]])
