@@ -248,30 +248,6 @@ def test_a_model_and_data_that_have_moved_continue_bit_for_bit(
         close(a, b, 0)
 
 
-def with_a_past(rank):
-    """Two threads, and memory that has been used before in another way in every process."""
-    torch.set_num_threads(2)
-    sizes = random.Random(os.getpid())
-    past = [torch.randn(sizes.randrange(1, 100_000)) for _ in range(sizes.randrange(200))]
-    del past[::2]
-    with_a_past.kept = past
-
-
-@pytest.mark.slow
-def test_two_threads_and_a_process_of_any_past_resume_bit_for_bit(tiny_world, tmp_path):
-    """With texts and batches so large that every operator divides its work between the threads."""
-    make_model(tmp_path / "llama", hidden_size=96, intermediate_size=256)
-    shutil.copy(tiny_world / "train.jsonl", tmp_path)
-    more = ("--batch_size=28", "--micro_batch_size=28", "--max_steps=8", "--disc_hidden=32",
-            "--save_every=2")  # fmt: skip
-    _, weights = run(tmp_path, tmp_path / "s", *more, prepare=with_a_past)
-    run(tmp_path, tmp_path / "stopped", *more, "--stop_after=6", prepare=with_a_past)
-    for i in range(5):
-        shutil.copytree(tmp_path / "stopped", tmp_path / f"r{i}")
-        _, again = run(tmp_path, tmp_path / f"r{i}", *more, "--resume", prepare=with_a_past)
-        assert furthest(weights, again) == 0
-
-
 def test_a_reference_that_is_not_used_may_be_any(stopped, tiny_world, tmp_path):
     more = ("--loss=simpo", "--lambda_adv=0")
     run(tiny_world, tmp_path / "r", *more, "--stop_after=1")
@@ -381,9 +357,11 @@ def test_a_hub_id_is_known_by_its_cached_files(files, tiny_world, tmp_path, monk
         model.save_pretrained(repo / "snapshots" / "c0ffee", **files)
     for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE"):
         monkeypatch.setattr(constants, name, str(tmp_path))
-    local = str(tiny_world / "llama")
+    fetched, local = [], str(tiny_world / "llama")
+    monkeypatch.setattr(checkpoint, "get_checkpoint_shard_files", lambda *x: fetched.append(x[0]))
     for fingerprint in (checkpoint.weights_fingerprint, checkpoint.config_fingerprint):
         assert fingerprint("some/model") == fingerprint(local)
+    assert fetched == ["some/model"] * bool(files)
 
 
 # ---------------------------------------------------------------------- refused weights
