@@ -10,7 +10,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+import attention
 import settings
+import train_ganpo
 from data import load_pairs
 from discriminator import autocast_of, build_critics
 from helpers import flags, tiny
@@ -68,6 +70,22 @@ def test_bench_counts_real_tokens_phases_and_the_products_of_the_step(
     trunk = 2 * 2 * per_layer * rows * (1 + 3)  # reference; policy forward and backward
     head = 2 * 64 * 500 * answers * (1 + 4)  # with the logits computed twice
     assert 1 <= plain[1]["flops"] / (trunk + head) < 1.1  # the attention itself is small
+
+
+def test_bench_computes_what_a_gpus_attention_executes_and_does_not_count_it(
+    workload, monkeypatch, capsys
+):
+    steps, step = [], train_ganpo.train_step
+    monkeypatch.setattr(bench, "matrix_rate", lambda *a: 1e9)
+    monkeypatch.setattr(attention, "choose", lambda *a: "flex")
+    monkeypatch.setitem(attention.LAYOUTS, "flex", attention.Loop)
+    monkeypatch.setattr(train_ganpo, "train_step", lambda *a: steps.append(a) or step(*a))
+    folder, lengths = workload
+    _, result = benched(capsys, folder, "--batch_size=2", "--steps=2", "--checkpointing")
+    assert len(steps) == 1 + 2 + 1  # the first warms up, the last is timed by phase
+    rows, answers = sum(map(sum, lengths[4:])), sum(c + r for _, c, r in lengths[4:])
+    products = 2 * (2 * (4 * 64 * 64 + 3 * 64 * 128) * rows + 64 * 500 * answers)
+    assert 0.9 < result["flops"] / (5 * products) < 1.2  # reference, policy, and its recomputation
 
 
 def test_bench_estimates_from_the_shape_alone(workload, monkeypatch, capsys):
