@@ -33,21 +33,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import (
-    GENERATION_CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-    cached_file,
-)
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 import paired  # noqa: F401  it registers its critic, so that build_discriminator knows it
 from data import ChatEncoder, InputError, input_error_for
 from discriminator import build_discriminator
 from distributed import Trained, from_rank_0, print0
-from policy import weight_files
+from policy import WEIGHTS, weight_files
 from report import check_same, read_config
 
 MANIFEST = "manifest.json"
@@ -234,7 +227,7 @@ def local_folder(name: str | Path) -> Path:
     """Returns a model's folder; a Hub id's weights are fetched, if they are not in the cache."""
     if Path(name).is_dir():
         return Path(name)
-    for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+    for file in WEIGHTS:
         path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
         if path is not None:
             if path.endswith(".json"):

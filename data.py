@@ -909,18 +909,17 @@ def load_pairs(
 def noticed(row: dict, messages: list[dict], *answers: str, stripped: bool) -> dict[str, int]:
     """Returns counts of what is worth knowing about a row that is kept; stripped says whether its
     thinking was left out."""
-    thoughts = [split_thinking(m["content"])[0] for m in messages if m["role"] == "assistant"]
+    of_turns = [split_thinking(m["content"])[0] for m in messages if m["role"] == "assistant"]
+    of_answers, rests = zip(*map(split_thinking, answers), strict=True)
     *earlier, asked = (m["content"].strip() for m in messages)
     answers = [text.lstrip() for text in answers]
     better, worse = row.get("score_chosen"), row.get("score_rejected")
     scored = isinstance(better, int | float) and isinstance(worse, int | float)
     kept = "left out of" if stripped else "in"
     return {
-        f"thinking {kept} answers": sum(split_thinking(text)[0] != "" for text in answers),
-        f"thinking {kept} earlier turns": sum(thought != "" for thought in thoughts),
-        "tags of thinking within an answer": any(
-            THINKING.search(split_thinking(text)[1]) for text in answers
-        ),
+        f"thinking {kept} answers": sum(map(bool, of_answers)),
+        f"thinking {kept} earlier turns": sum(map(bool, of_turns)),
+        "tags of thinking within an answer": any(map(THINKING.search, rests)),
         "Human: or Assistant: begins a line": any(map(SPEAKER.search, (*earlier, asked, *answers))),
         "empty prompt": asked == "",
         "answers repeat the prompt": asked != "" and all(a.startswith(asked) for a in answers),

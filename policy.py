@@ -173,6 +173,8 @@ FAMILIES = (
     "qwen2", "qwen3", "smollm3",
 )  # fmt: skip
 
+# the files in which transformers looks for weights, in its order
+WEIGHTS = SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME
 PLAIN = {"F64", "F32", "BF16", "F16"}  # names that safetensors has for types of plain weights
 LFS = b"version https://git-lfs.github.com/spec/"  # how a pointer file of Git LFS begins
 MERGE = (
@@ -239,10 +241,9 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises InputError unless they and the other files of the model are whole.
     """
-    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
-        raise InputError(f"a model folder without weights: none of {', '.join(names)} is there")
+        raise InputError(f"a model folder without weights: none of {', '.join(WEIGHTS)} is there")
     for file in (path, *folder.glob("*.json"), *folder.glob("*.model")):
         check_file(file)
     if path.suffix != ".json":
