@@ -40,7 +40,7 @@ import paired  # noqa: F401  it registers its critic, so that build_discriminato
 from data import ChatEncoder, InputError, input_error_for
 from discriminator import build_discriminator
 from distributed import Trained, from_rank_0, print0
-from policy import WEIGHTS, weight_files
+from policy import WEIGHTS, generation_settings, weight_files
 from report import check_same, read_config
 
 MANIFEST = "manifest.json"
@@ -62,13 +62,17 @@ def check_out_dir(args) -> Path:
     if not args.out_dir:
         used = [int(f.name[4:]) for f in folder.glob("run-*") if f.name[4:].isdigit()]
         folder = folder / f"run-{max(used, default=-1) + 1:03d}"
-    if args.resume and read_config(folder) is None:
+    config = read_config(folder)
+    holds = [f for f in ("metrics.csv", "state", "config.json") if (folder / f).exists()]
+    if config is None and holds:
+        raise InputError(
+            f"{folder} holds {' and '.join(holds)}, but its config.json is missing, damaged or not"
+            " that of a run: pass another --out_dir"
+        )
+    if args.resume and config is None:
         raise InputError(f"{folder}: no run to resume")
-    taken = any((folder / f).exists() for f in ("metrics.csv", "state"))
-    if (folder / "config.json").exists():
-        results = (f.stat().st_size for f in folder.rglob("*.jsonl"))  # of a game, apo.train_apo
-        taken = taken or read_config(folder) is None or any(results)
-    if taken and not args.resume:
+    results = (f.stat().st_size for f in folder.rglob("*.jsonl"))  # of a game, apo.train_apo
+    if not args.resume and (holds[:-1] or config and any(results)):
         raise InputError(f"{folder} holds a run: pass --resume, or another --out_dir")
     check_writable(folder, "--out_dir")
     return folder
@@ -177,11 +181,13 @@ def model_fingerprints(**models: str | None) -> dict[str, str | None]:
 
 
 def config_fingerprint(name: str) -> str:
-    """Returns a hash of a model's config.json without what others than its author write there."""
-    config = PretrainedConfig.get_config_dict(name)[0]
-    for key in ("_commit_hash", "_name_or_path", "transformers_version"):
-        config.pop(key, None)
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+    """Returns a hash of a model's config.json and of how it generates, without what others than its
+    author write there."""
+    both = [PretrainedConfig.get_config_dict(name)[0], generation_settings(name).to_dict()]
+    for config in both:
+        for key in ("_commit_hash", "_name_or_path", "transformers_version", "_from_model_config"):
+            config.pop(key, None)
+    return hashlib.sha256(json.dumps(both, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def weights_fingerprint(name: str | Path) -> str:

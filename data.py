@@ -583,10 +583,13 @@ def find_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     own = tokenizer.chat_template if several else {}
     if name in own:
         return own[name]
-    with input_error_for("--chat_template" + f": none of {', '.join(own)}" * several):
+    with input_error_for(f"--chat_template {name}"):
+        if not Path(name).is_file():
+            own = f", and none of the tokenizer's templates: {', '.join(own)}" * several
+            raise InputError(f"there is no such file{own}")
         text = Path(name).read_text("utf-8-sig")
-    if not text.strip():
-        raise InputError(f"--chat_template: {name} is empty")
+        if not text.strip():
+            raise InputError("the file is empty")
     return text
 
 
@@ -934,12 +937,12 @@ def load_data(
     """Returns the pairs of --dataset, and if the program evaluates those of --eval_split.
 
     --eval_split is a file of its own, or another split of --dataset. Other arguments as in
-    load_pairs. args.template_day is None, or that of a run that goes on; afterwards it is the data
-    set's. Raises InputError as load_pairs does, and if there are too few pairs.
+    load_pairs. args.template_day is a day; afterwards it is None if the template writes none.
+    Raises InputError as load_pairs does, and if there are too few pairs.
     """
     load = partial(
         load_pairs, tokenizer=tokenizer, max_length=max_length, log=log,
-        strip_thinking=args.strip_thinking, day=args.template_day or str(date.today()),
+        strip_thinking=args.strip_thinking, day=args.template_day,
     )  # fmt: skip
     data, held_out = load(args.dataset, args.split, config=args.dataset_config), None
     if len(data.triplets) < args.batch_size:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import InputError
+from data import InputError, half_a_character
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -55,6 +55,15 @@ class Parser(argparse.ArgumentParser):
         layout = partial(argparse.HelpFormatter, max_help_position=32, width=100)
         settings = dict(usage=usage, description=about.split("\n\n")[0], allow_abbrev=False)
         super().__init__(program, formatter_class=layout, **settings)
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        for before, word in zip(["", *words], words, strict=False):
+            if half_a_character(word):
+                raise InputError(f"{ascii(word)} is no valid UTF-8: it holds half a character")
+            if not word.strip() or word.startswith("--") and word.endswith("="):
+                raise InputError(f"{(word or before).rstrip('=')}: its value is empty")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message):
         raise InputError(message)

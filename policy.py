@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -32,18 +32,20 @@ from transformers import (
     GenerationConfig,
     PretrainedConfig,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import (
     GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
+    cached_file,
     find_adapter_config_file,
 )
 
 import attention
 from attention_gpu import compiled
-from data import InputError, find_template, hub_check, input_error_for, is_local
+from data import InputError, find_template, hub_check, input_error_for, is_local, reason_of
 from packing import Packed
 
 # The head works in chunks of rows, so that the logits stay in a CPU's cache and do not fill a GPU's
@@ -175,7 +177,8 @@ FAMILIES = (
 
 # the files in which transformers looks for weights, in its order
 WEIGHTS = SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME
-PLAIN = {"F64", "F32", "BF16", "F16"}  # names that safetensors has for types of plain weights
+# types of plain weights, as safetensors and torch name them
+PLAIN = {"F64", "F32", "BF16", "F16", torch.float64, torch.float32, torch.bfloat16, torch.float16}
 LFS = b"version https://git-lfs.github.com/spec/"  # how a pointer file of Git LFS begins
 MERGE = (
     "merge it first (peft: AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload()"
@@ -196,6 +199,19 @@ def check_config(config: PretrainedConfig, max_length: int):
         raise ValueError(
             "use_bidirectional_attention is not supported: such a model writes no text"
         )
+    text = config.get_text_config()
+    slides = getattr(text, "use_sliding_window", True) and getattr(text, "sliding_window", None)
+    if "sliding_attention" in (getattr(text, "layer_types", None) or ()) and not slides:
+        raise ValueError(
+            "its config contradicts itself: layer_types has sliding_attention, but sliding_window"
+            " or use_sliding_window switches it off"
+        )
+    known = {"default", *ROPE_INIT_FUNCTIONS}
+    if unknown := {part["rope_type"] for part in rope_parts(config)} - known:
+        raise ValueError(
+            f"position scaling {unknown.pop()!r} is not one that transformers knows:"
+            f" {', '.join(sorted(known))}"
+        )
     if longrope_limits(config):
         raise ValueError(
             "position scaling 'longrope' is not supported: its angles depend on the longest text"
@@ -208,10 +224,15 @@ def check_config(config: PretrainedConfig, max_length: int):
 
 def longrope_limits(config: PretrainedConfig) -> list[int]:
     """Returns the lengths of a batch's longest text at which longrope takes other angles."""
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]  # by type of layer
     key = "original_max_position_embeddings"
-    return [part[key] for part in parts if part.get("rope_type") == "longrope"]
+    return [part[key] for part in rope_parts(config) if part["rope_type"] == "longrope"]
+
+
+def rope_parts(config: PretrainedConfig) -> list[dict]:
+    """Returns the settings of rotary positions that a config has, one for each type of layer."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]
+    return [part for part in parts if "rope_type" in part]
 
 
 def positions_of(config: PretrainedConfig) -> int:
@@ -248,7 +269,9 @@ def weight_files(folder: Path) -> list[Path]:
         check_file(file)
     if path.suffix != ".json":
         return [path]
-    shards = sorted({*json.loads(path.read_text())["weight_map"].values()})
+    shards = sorted(
+        {*json.loads(path.read_text())["weight_map"].values()}
+    )  # check_file has read it
     if missing := [shard for shard in shards if not (folder / shard).is_file()]:
         more = f" ({len(missing)} of {len(shards)} files are missing)"
         raise InputError(f"{path.name} names {missing[0]}, which is not there{more}")
@@ -258,8 +281,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_file(path: Path):
-    """Raises InputError if a file is a Git LFS pointer, or if weights or generation_config.json are
-    cut or damaged."""
+    """Raises InputError if a file is a Git LFS pointer, is cut or damaged, or holds weights of a
+    type that is no floating-point number of 16 bits or more."""
     with path.open("rb") as file:
         start, reason, kinds = file.read(len(LFS)), None, {}
     if start == LFS:
@@ -272,13 +295,22 @@ def check_file(path: Path):
             with safe_open(path, framework="pt") as file:  # compares the header with the size
                 names = file.keys()
                 kinds = {name: file.get_slice(name).get_dtype() for name in names}
-        elif path.name == GENERATION_CONFIG_NAME:  # transformers would pass over a faulty one
-            dict(json.loads(path.read_text()))
-    except (SafetensorError, ValueError, TypeError) as error:
-        reason = str(error)
-    # before torch 1.6 a .bin was a pickle, which begins with 80, and no zip archive
-    if path.suffix == ".bin" and start[:1] != b"\x80" and not zipfile.is_zipfile(path):
-        reason = "not a zip archive of torch.save"
+        # before torch 1.6 a .bin was a pickle, which begins with 80, and no zip archive
+        elif path.suffix == ".bin" and start[:1] != b"\x80" and not zipfile.is_zipfile(path):
+            reason = "not a zip archive of torch.save"
+        elif path.suffix == ".bin":  # on "meta" no value is read
+            weights = torch.load(path, map_location="meta", weights_only=True)
+            kinds = {name: getattr(x, "dtype", type(x)) for name, x in weights.items()}
+        elif path.suffix == ".json":
+            content = json.loads(path.read_text("utf-8"))
+            if path.name == GENERATION_CONFIG_NAME:  # transformers would pass over a faulty one
+                dict(content)
+            elif path.name in WEIGHTS:
+                dict(content["weight_map"])
+    except KeyError as error:
+        reason = f"there is no {error} in it"
+    except Exception as error:  # each library has kinds of its own
+        reason = reason_of(error)
     if reason:
         size = f"{path.stat().st_size:,} bytes"
         raise InputError(f"{path.name} is cut or damaged ({size}; {reason}): fetch it again")
@@ -302,6 +334,11 @@ def read_any_config(name: str, flag: str = "--model") -> PretrainedConfig:
             if is_local(name):
                 raise InputError("no such folder")
             hub_check(name, "model")
+            generation = cached_file(
+                name, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False
+            )
+            if generation:
+                check_file(Path(generation))
         if find_adapter_config_file(name):
             raise InputError(f"holds an adapter, which is no whole model: {MERGE}")
         if folder.is_dir():
@@ -374,6 +411,11 @@ def load_weights(auto, name: str, new: tuple = (), unused: tuple = (), **setting
         "unexpected": unexpected - {*unused},
         "of another shape": shapes,
         "contradictory": untied,
+    }
+    kinds["not finite"] = {
+        name
+        for name, x in model.named_parameters()
+        if not torch.stack(x.aminmax()).isfinite().all()
     }
     faults = [f"{kind}: {first_names(names)}" for kind, names in kinds.items() if names]
     if faults:

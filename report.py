@@ -17,7 +17,7 @@ import re
 import resource
 import sys
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import date, timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 import paired
 from data import InputError, PreferenceData
-from distributed import print0
+from distributed import from_rank_0, print0
 from losses import LN2
 from packing import Packed, Survey
 from policy import at_least_fp32
@@ -301,9 +301,11 @@ EXACT_ONLY_WITH = "versions device ranks threads micro_batch_size micro_tokens a
 # What has changed if a fingerprint has.
 FINGERPRINTS = {
     "model_weights": "{model} holds other weights than the run began with",
-    "model_config": "{model} has another config.json than the run began with",
+    "model_config": "{model} has another config.json or generation_config.json than the run"
+    " began with",
     "ref_model_weights": "{ref_model} holds other weights than the run began with",
-    "ref_model_config": "{ref_model} has another config.json than the run began with",
+    "ref_model_config": "{ref_model} has another config.json or generation_config.json than the run"
+    " began with",
     "data_fingerprint": "the data are not those that the run began with (other rows, another"
     " tokenizer or another chat template)",
 }
@@ -349,10 +351,14 @@ def read_config(out_dir: Path) -> dict | None:
 
 
 def template_day(args) -> str | None:
-    """Returns the day that the chat template of the run in --out_dir has written since the run
-    began; None without --resume, or if the template writes none."""
-    config = read_config(args.out_dir) if args.resume else None
-    return config and config.get("template_day")
+    """Returns the day that a chat template which writes today's date writes in this run: that on
+    which the run in --out_dir began, if it goes on. All ranks call it and get that of rank 0."""
+
+    def read():
+        config = read_config(args.out_dir) if args.resume else None
+        return config and config.get("template_day") or str(date.today())
+
+    return from_rank_0(read, "")
 
 
 def check_same(old: dict, new: dict):

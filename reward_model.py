@@ -380,7 +380,6 @@ def check_input(args) -> tuple:
     config = read_model_config(args.model, args.max_length)
     tokenizer = read_tokenizer(args.model, args.chat_template)
     length = args.max_length - len(ChatEncoder(tokenizer).tail)
-    args.template_day = report.template_day(args)
     data, held_out = load_data(args, tokenizer, length, print0, bool(args.eval_split))
     triplets = data.triplets + (held_out.triplets if held_out else [])
     check_token_ids((ids for t in triplets for ids in t[:3]), config, f"--model {args.model}")
@@ -425,6 +424,7 @@ def learn(
 def train(args, device: torch.device, stack: ExitStack):
     """Runs the program; the stack holds the lock of --out_dir. Raises InputError or
     FloatingPointError with one line for the user."""
+    args.template_day = report.template_day(args)
     build_miniature(args, check_input)
     tokenizer, config, data, held_out = check_input(args)
     print0(f"data: {data.summary()}")

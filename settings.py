@@ -208,8 +208,8 @@ def needs_reference(args) -> bool:
 
 
 def is_miniature(path: str | None, seed: int) -> bool:
-    """Returns whether a path, as it is written, lies directly in world_folder(seed)."""
-    return path is not None and Path(path).parent == world_folder(seed)
+    """Returns whether a path lies directly in world_folder(seed), however it is written."""
+    return path is not None and Path(path).resolve().parent == world_folder(seed).resolve()
 
 
 def build_miniature(args, check: Callable):

@@ -332,7 +332,6 @@ def check_input(args, device: torch.device):
     if needs_reference(args) and config.hidden_size != ref_config.hidden_size:
         sizes = f"{config.hidden_size}, of the reference {ref_config.hidden_size}"
         raise InputError(f"hidden size of the policy {sizes}: their latents cannot be compared")
-    args.template_day = report.template_day(args)
     data, held_out = load_data(args, tokenizer, args.max_length, print0, args.eval_every > 0)
     largest = max(int(ids.max()) for t in data.triplets for ids in t[:3])
     limit = min(config.vocab_size, ref_config.vocab_size)
@@ -544,6 +543,7 @@ def train(
     argv and program are those of flags.command_line. The stack holds the lock of --out_dir and the
     signal handlers. Raises InputError or FloatingPointError with one line for the user.
     """
+    args.template_day = report.template_day(args)
     build_miniature(args, partial(check_input, device=device))
     tokenizer, config, data, held_out = check_input(args, device)
     plans = plan(args, data, device)

@@ -200,7 +200,7 @@ class Game:
         self.args, self.device = args, device
         self.config = read_model_config(args.model, args.max_length)
         self.tokenizer = read_tokenizer(args.model, args.chat_template)
-        self.encoder = ChatEncoder(self.tokenizer, report.template_day(args))
+        self.encoder = ChatEncoder(self.tokenizer, args.template_day)
         args.template_day = self.encoder.day
         self.length = args.max_length - len(self.encoder.tail)
         human, held_out = (
@@ -419,6 +419,7 @@ def play_all(args, argv: list[str], device: torch.device, stack: ExitStack, prog
     argv and program are those of flags.command_line.
     """
     begin = time.perf_counter()
+    args.template_day = report.template_day(args)
     build_miniature(args, partial(check_input, device=device))
     game = check_input(args, device)
     out = claim_with_config(args, stack, game.fingerprint)

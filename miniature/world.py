@@ -467,7 +467,7 @@ def build_after(check: Callable, args, log: Callable):
             write_stand_in(Path(temporary), args.seed)
 
             def replaced(value):
-                inside = isinstance(value, str) and Path(value).parent == folder
+                inside = isinstance(value, str) and Path(value).resolve().parent == folder.resolve()
                 return str(Path(temporary, Path(value).name)) if inside else value
 
             try:

@@ -189,7 +189,7 @@ BAD = [  # flags, and what the one line must say
     (["--max_length=2"], "fewer pairs than --batch_size 8: 0 of 28 rows; dropped: prompt leaves"),
     (["--out_dir=/proc/run"], "--out_dir"),
     (["--max_length=512"], "--max_length 512 is beyond the model's 256 positions"),
-    (["--chat_template=nowhere.jinja"], "--chat_template: "),
+    (["--chat_template=nowhere.jinja"], "--chat_template nowhere.jinja: "),
     (["--eval_every=2"], "pass --eval_split"),
     (["--resume"], "no run to resume"),
 ]  # fmt: skip
@@ -227,6 +227,7 @@ def nothing_built(tmp_path, monkeypatch):
     write_lines(tmp_path / "columns.jsonl", [{"text": "a", "label": 1}] * 40)
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "metrics.csv").write_text("step\n")
+    (tmp_path / "used" / "config.json").write_text('{"data_fingerprint": ""}')
     make_model(tmp_path / "bare")
     (tmp_path / "bare" / "model.safetensors").unlink()
     return tmp_path
@@ -255,7 +256,11 @@ FIRST = [  # what a user of the miniature may get wrong; it takes more than a mi
     (["--out_dir=used"], "used holds a run: pass --resume, or another --out_dir"),
     (["--out_dir=good.jsonl/run"], "--out_dir.*good.jsonl.*[Nn]ot a directory"),
     (["--resume", "--out_dir=nothing"], "nothing: no run to resume"),
-    (["--chat_template=nowhere.jinja"], "--chat_template.*No such file"),
+    (["--chat_template=nowhere.jinja"], "--chat_template nowhere.jinja: there is no such file$"),
+    (["--chat_template=."], r"--chat_template \.: there is no such file$"),
+    (["--dataset="], "--dataset: its value is empty$"),
+    (["--model", ""], "--model: its value is empty$"),
+    (["--out_dir=r\udce4un"], r"'--out_dir=r\\udce4un' is no valid UTF-8"),
     (["--lamda_adv=1"], "unrecognized arguments: --lamda_adv=1"),
     (["--lr=nan"], "--lr: nan is not in"),
     (["--batch_size=100000"], "seed0/train.jsonl: fewer pairs than --batch_size 100000"),

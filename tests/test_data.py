@@ -26,6 +26,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+import report
 import reward_model
 import settings
 from data import (
@@ -926,10 +927,12 @@ def test_a_template_is_chosen_by_name_or_read_from_a_file(tmp_path):
     file.write_text(PLAIN, "utf-8-sig")
     assert find_template("rag", several) == TURNS
     assert find_template(str(file), several) == find_template(str(file), tiny()) == PLAIN
-    with pytest.raises(InputError, match="^--chat_template: none of rag, tool_use: .*No such file"):
+    with pytest.raises(
+        InputError, match="chat: there is no such file, and none of .* templates: rag, tool_use$"
+    ):
         find_template("chat", several)
     file.write_text("\n")
-    with pytest.raises(InputError, match="^--chat_template: .*chat.jinja is empty"):
+    with pytest.raises(InputError, match="^--chat_template .*chat.jinja: the file is empty"):
         find_template(str(file), tiny())
 
 
@@ -951,6 +954,14 @@ def test_the_day_that_a_template_writes_is_todays_unless_another_is_given(tmp_pa
     assert load(tmp_path, good(2), day="2024-01-05").day is None
 
 
+def test_ranks_on_two_sides_of_midnight_read_one_day(monkeypatch):
+    """Every rank takes the day from rank 0."""
+    calls = []
+    monkeypatch.setattr(report, "from_rank_0", lambda f, _: calls.append(f()) or "2024-01-05")
+    assert report.template_day(SimpleNamespace(resume=False)) == "2024-01-05"
+    assert calls == [str(date.today())]
+
+
 def test_a_run_that_goes_on_tomorrow_reads_the_day_of_its_beginning(
     tiny_world, tmp_path, monkeypatch, capsys
 ):
@@ -959,9 +970,7 @@ def test_a_run_that_goes_on_tomorrow_reads_the_day_of_its_beginning(
     run(tiny_world, tmp_path / "r", *more, "--stop_after=1")
     began = json_of(tmp_path / "r" / "config.json")["template_day"]
     assert began == str(date.today()) and f"writes the day: {began}" in capsys.readouterr().out
-    monkeypatch.setattr("data.date", SimpleNamespace(
-        today=lambda: date(2099, 1, 1), fromisoformat=date.fromisoformat
-    ))  # fmt: skip
+    monkeypatch.setattr("report.date", SimpleNamespace(today=lambda: date(2099, 1, 1)))
     rows, _ = run(tiny_world, tmp_path / "r", *more, "--resume")
     assert len(rows) == 3 and f"writes the day: {began}" in capsys.readouterr().out
     assert json_of(tmp_path / "r" / "config.json")["template_day"] == began

@@ -6,6 +6,7 @@ The oracle is naive: one text at a time through the model's own forward, without
 """
 
 import json
+import math
 import random
 import re
 import shutil
@@ -20,7 +21,13 @@ import torch
 import transformers
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    SmolLM3Config,
+)
 
 import data
 import distributed
@@ -302,6 +309,10 @@ WRONG_WEIGHTS = {  # how a file differs, and what is said
         lambda weights: {f"_orig_mod.{k}": v for k, v in weights.items()},
         r"missing: [^;]* and \d+ more; unexpected: _orig_mod.[^;]* and \d+ more$",
     ),
+    "one not a number": (
+        lambda w: w | {ONE: w[ONE].index_fill(0, torch.tensor(2), math.nan)},
+        f"not finite: {ONE}$",
+    ),
     "one missing": (without(ONE), f"missing: {ONE}$"),
     "one too many": (lambda w: w | {"model.extra": torch.ones(2)}, "unexpected: model.extra$"),
     "another shape": (
@@ -408,6 +419,18 @@ NOT_PLAIN = {
         lambda f: (f / "tokenizer.json").write_bytes(POINTER), "tokenizer.json is a Git LFS pointer"
     ),
     "cut": (lambda f: cut(f / "model.safetensors"), "model.safetensors is cut or damaged"),
+    "quantised in a .bin": (
+        lambda f: torch.save({"lm_head.weight": torch.zeros(2, dtype=torch.int8)}, as_bin(f)),
+        "pytorch_model.bin holds lm_head.weight as torch.int8: quantised weights are not supported",
+    ),
+    "a cut index": (
+        lambda f: cut(in_shards(f)[0].with_name("model.safetensors.index.json")),
+        "model.safetensors.index.json is cut or damaged",
+    ),
+    "an index without names": (
+        lambda f: in_shards(f)[0].with_name("model.safetensors.index.json").write_text("{}"),
+        "index.json is cut or damaged .*; there is no 'weight_map' in it",
+    ),
     "cut settings": (
         lambda f: (f / "generation_config.json").write_text('{"eos_token_id": [1,'),
         "generation_config.json is cut or damaged",
@@ -539,10 +562,24 @@ def test_angles_that_depend_on_the_batch_are_refused_or_not_reached(tiny_world, 
         train_ganpo.main(flags(tiny_world, tmp_path / "r", f"--model={model}"))
     with pytest.raises(SystemExit, match="and 12 new ones exceed the model's 16 positions"):
         generate.main([f"--model={model}", "--max_new_tokens=12", "hello"])
+    with pytest.raises(ValueError, match="position scaling 'other' is not .*: default, dynamic, "):
+        policy.check_config(LlamaConfig(rope_parameters={"rope_type": "other"}), 64)
     nested = AutoConfig.from_pretrained(model)
     nested.rope_parameters = {"full_attention": nested.rope_parameters}
     with pytest.raises(ValueError, match="position scaling 'longrope'"):
         policy.check_config(nested, 64)
+
+
+@pytest.mark.parametrize("changes", [{"use_sliding_window": False}, {"sliding_window": None}])
+def test_a_config_that_contradicts_itself_about_windows_is_refused(changes):
+    """The model itself would mask by the types of its layers."""
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}
+    config = SmolLM3Config(**{"use_sliding_window": True, "sliding_window": 8} | layers)
+    policy.check_config(config, 64)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match="contradicts itself: layer_types has sliding_attention"):
+        policy.check_config(config, 64)
 
 
 YARN = scaled("yarn", original_max_position_embeddings=32)

@@ -155,6 +155,8 @@ def stopped(tiny_world, tmp_path_factory):
     for name in ("same", "rope"):
         shutil.copytree(tiny_world / "llama", out.parent / name)
     write_config(out.parent / "rope", rope_parameters={"rope_theta": 7.0, "rope_type": "default"})
+    shutil.copytree(tiny_world / "llama", out.parent / "stops")
+    (out.parent / "stops" / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     return out
 
 
@@ -186,8 +188,9 @@ CHANGED = [
             ("other", "holds other weights", "other", "same"),
             ("other", "holds other weights", "same", "other"),
             ("other", "holds other weights", "other", "other"),
-            ("rope", "has another config.json", "rope", "same"),
-            ("rope", "has another config.json", "same", "rope"),
+            ("rope", "has another config.json or generation_config.json", "rope", "same"),
+            ("rope", "has another config.json or generation_config.json", "same", "rope"),
+            ("stops", "has another config.json or generation_config.json", "stops", "same"),
         )
     ),
 ]  # fmt: skip
@@ -423,15 +426,28 @@ def test_settings_that_do_not_may_change(six_steps, stopped, tiny_world, tmp_pat
     assert f"--resume: {said}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("files", [[], ["notes.txt"], ["config.json"]])
-def test_an_empty_or_foreign_folder_is_not_resumed_and_not_touched(files, tiny_world, tmp_path):
+NO_RUN = "its config.json is missing, damaged or not that of a run: pass another --out_dir$"
+
+
+@pytest.mark.parametrize("files, message", [
+    ({}, "r: no run to resume$"),
+    ({"notes.txt": ""}, "r: no run to resume$"),
+    ({"config.json": '{"model_type": "llama"}'}, f"r holds config.json, but {NO_RUN}"),
+    ({"config.json": '{"data_fing', "metrics.csv": ""}, f"csv and config.json, but {NO_RUN}"),
+    ({"metrics.csv": ""}, f"r holds metrics.csv, but {NO_RUN}"),
+])  # fmt: skip
+def test_an_empty_or_foreign_folder_is_not_resumed_and_not_touched(
+    files, message, tiny_world, tmp_path
+):
+    """Where a run's config.json is damaged, a second program would say --resume, and so on."""
     out = tmp_path / "r"
     out.mkdir()
-    for name in files:
-        (out / name).write_text('{"model_type": "llama"}')
-    with pytest.raises(SystemExit, match="r: no run to resume"):
-        train_ganpo.main(flags(tiny_world, out, "--resume"))
-    assert sorted(f.name for f in out.iterdir()) == files
+    for name, text in files.items():
+        (out / name).write_text(text)
+    for more in (["--resume"], [])[: 1 + (NO_RUN in message)]:
+        with pytest.raises(SystemExit, match=message):
+            train_ganpo.main(flags(tiny_world, out, *more))
+    assert {f.name: f.read_text() for f in out.iterdir()} == files
 
 
 # ---------------------------------------------------------------------- states on disk
