@@ -402,8 +402,9 @@ def newest_state(out_dir: Path) -> dict | None:
     """
 
     def candidates():
-        folders = sorted(Path(out_dir, "state").glob("step-*"), reverse=True)
-        return [(f, read_manifest(f)) for f in folders]
+        folders = sorted(Path(out_dir, "state").glob("step-" + 6 * "[0-9]"), reverse=True)
+        found = [(folder, read_manifest(folder)) for folder in folders]
+        return [(f, m if m and state_folder(out_dir, m["step"]) == f else None) for f, m in found]
 
     for folder, manifest in from_rank_0(candidates, "state:"):
         found = hash_files(folder) if manifest else None
@@ -432,7 +433,10 @@ def load_state(out_dir: Path, manifest: dict, trained: Trained):
     if rank >= manifest["ranks"]:
         tensors = {k: v for k, v in tensors.items() if k not in (f"rng.{rank}", f"cuda_rng.{rank}")}
     folder = state_folder(out_dir, manifest["step"])
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+    try:
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+    except CheckpointException:  # pages of names and shapes
+        raise InputError(f"{folder} is the state of another model, or of other critics") from None
     if f"rng.{rank}" in tensors:
         torch.set_rng_state(tensors[f"rng.{rank}"])
     if f"cuda_rng.{rank}" in tensors:

@@ -122,7 +122,9 @@ def input_error_for(what: str):
     """
     try:
         yield
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # that of a library in Rust is no Exception
         raise InputError(f"{what}: {reason_of(error)}") from None
 
 
@@ -130,6 +132,8 @@ def reason_of(error: BaseException) -> str:
     """Returns the first sentence of an exception's message, or of its cause's if it has one, as one
     line. Libraries spread it over several lines; a sentence that does not end is cut short."""
     error = error.__cause__ or error
+    if isinstance(error, KeyError):  # whose message is the name alone
+        return f"there is no {shortened(str(error))}"
     lines = str(error).split("\n")
     ends = [i for i, line in enumerate(lines, 1) if line.rstrip().endswith((".", "!", "?"))]
     sentence = "\n".join(lines[: min(ends, default=len(lines))])

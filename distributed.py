@@ -10,6 +10,7 @@ import gc
 import math
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from datetime import timedelta
@@ -77,7 +78,9 @@ def start(timeout: float, miniature: bool = False) -> torch.device:
             torch.set_num_threads(threads)
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     limit = timedelta(seconds=timeout)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit, **alone)
+    where = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    with input_error_for(f"this process could not meet the other ranks at {where}"):
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit, **alone)
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
@@ -102,8 +105,10 @@ class StopSignals:
 
     Schedulers send the last two before the time of a job is over. The first signal asks for an
     orderly end; the program asks anywhere() whether one has come. The second signal ends the
-    process at once.
+    process at once. Where nobody reads the program's output any more, that counts as a signal.
     """
+
+    reader_is_gone = False  # set by print0
 
     def __enter__(self):
         self.received = False
@@ -124,7 +129,7 @@ class StopSignals:
 
     def anywhere(self, device: torch.device) -> bool:
         """Returns whether any rank has received a signal. All ranks call it and get one answer."""
-        flag = torch.tensor(float(self.received), device=device)
+        flag = torch.tensor(float(self.received or self.reader_is_gone), device=device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
@@ -139,7 +144,11 @@ def free_memory():
 def print0(*values):
     """Prints on rank 0."""
     if dist.get_rank() == 0:
-        print(*values, flush=True)
+        try:
+            print(*values, flush=True)
+        except BrokenPipeError:  # with a terminal ends also what the program was piped into
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            StopSignals.reader_is_gone = True
 
 
 # ---------------------------------------------------------------------- objects between ranks

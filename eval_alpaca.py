@@ -71,8 +71,8 @@ from flags import (
     fraction,
     given_flags,
     natural,
-    positive,
     refuse,
+    seconds,
     world_folder,
 )
 from generate import (
@@ -885,7 +885,7 @@ def flags() -> Parser:
     add("--batch_size", type=count, default=128, help="answers written at once per rank [128]")
     add("--dtype", choices=DTYPES, help="of all models [bfloat16 on a GPU, else float32]")
     add("--seed", type=natural, help="of sampling, and the miniature's world [its run's; else 0]")
-    add("--timeout", type=positive, default=3600, help="seconds to wait for another rank [3600]")
+    add("--timeout", type=seconds, default=3600, help="seconds to wait for another rank [3600]")
     add("--out", help="folder [beside the model's, named by model, prompts, judge and baseline]")
     # fmt: on
     return parser

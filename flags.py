@@ -42,7 +42,8 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
 
 
 positive, fraction = number(float, 0, above=True), number(float, 0, 1)
-at_least_0, count, natural = number(float, 0), number(int, 1), number(int, 0)
+at_least_0, count, natural = number(float, 0), number(int, 1), number(int, 0, 2**63 - 1)
+seconds = number(float, 0, 1e9, above=True)
 
 
 class Parser(argparse.ArgumentParser):

@@ -14,6 +14,7 @@ models, or two temperatures, meet the same randomness, which makes their compari
 import cpu  # noqa: F401  must come before torch
 
 import hashlib
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -218,8 +219,23 @@ def prompts_to_ids(encoder: ChatEncoder, conversations: list[list[dict]]) -> lis
     return found
 
 
+def show_error(kind, error, traceback):
+    """Shows an exception that nobody has caught, as sys.excepthook."""
+    if kind is KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
 def quiet():
-    """Turns off the libraries' progress bars and warnings, which would stand between our lines."""
+    """Turns off the libraries' progress bars and warnings, which would stand between our lines.
+
+    Also makes of Ctrl-C one line, and writes characters that the terminal cannot show as escapes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    sys.excepthook = show_error
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     hub_logging.set_verbosity_error()

@@ -13,6 +13,7 @@ the same function of the weights. Shapes: N = 2b texts, R response tokens, H hid
 
 import functools
 import json
+import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable
@@ -184,6 +185,8 @@ MERGE = (
     "merge it first (peft: AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload()"
     ".save_pretrained(FOLDER), and the tokenizer's save_pretrained(FOLDER)) and pass FOLDER"
 )
+# constants that older versions of transformers wrote beside the weights, as GPT-2's masks
+OLD_BUFFERS = ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias"
 NAMES_SHOWN = 3  # of the weights that are missing, say; the others are counted
 
 
@@ -200,8 +203,12 @@ def check_config(config: PretrainedConfig, max_length: int):
             "use_bidirectional_attention is not supported: such a model writes no text"
         )
     text = config.get_text_config()
-    slides = getattr(text, "use_sliding_window", True) and getattr(text, "sliding_window", None)
-    if "sliding_attention" in (getattr(text, "layer_types", None) or ()) and not slides:
+    window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None) or ()
+    if unknown := {*kinds} - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"layers of type {unknown.pop()!r} are not supported")
+    if window is not None and window < 1:
+        raise ValueError(f"its config has sliding_window {window}, with which a token sees nothing")
+    if "sliding_attention" in kinds and not (window and getattr(text, "use_sliding_window", True)):
         raise ValueError(
             "its config contradicts itself: layer_types has sliding_attention, but sliding_window"
             " or use_sliding_window switches it off"
@@ -262,7 +269,12 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises InputError unless they and the other files of the model are whole.
     """
-    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    there = [folder / name for name in WEIGHTS if (folder / name).is_file()]
+    if links := [f.name for f in folder.iterdir() if not f.exists()]:
+        raise InputError(f"{links[0]} is a link to a file that is not there: copy the file itself")
+    if len(there) > 1 and there[1].suffix == ".json":
+        raise InputError(f"holds both {there[0].name} and {there[1].name}: remove one of them")
+    path = next(iter(there), None)
     if path is None:
         raise InputError(f"a model folder without weights: none of {', '.join(WEIGHTS)} is there")
     for file in (path, *folder.glob("*.json"), *folder.glob("*.model")):
@@ -278,6 +290,11 @@ def weight_files(folder: Path) -> list[Path]:
     for shard in shards:
         check_file(folder / shard)
     return [folder / shard for shard in shards]
+
+
+def as_list(stops: int | list[int] | None) -> list[int]:
+    """Returns a generation config's eos_token_id, which may be one number or none, as a list."""
+    return stops if isinstance(stops, list) else [] if stops is None else [stops]
 
 
 def check_file(path: Path):
@@ -299,16 +316,18 @@ def check_file(path: Path):
         elif path.suffix == ".bin" and start[:1] != b"\x80" and not zipfile.is_zipfile(path):
             reason = "not a zip archive of torch.save"
         elif path.suffix == ".bin":  # on "meta" no value is read
-            weights = torch.load(path, map_location="meta", weights_only=True)
+            weights = dict(torch.load(path, map_location="meta", weights_only=True))
             kinds = {name: getattr(x, "dtype", type(x)) for name, x in weights.items()}
         elif path.suffix == ".json":
             content = json.loads(path.read_text("utf-8"))
             if path.name == GENERATION_CONFIG_NAME:  # transformers would pass over a faulty one
-                dict(content)
+                stops = dict(content).get("eos_token_id")
+                if any(not isinstance(i, int) for i in as_list(stops)):
+                    reason = f"eos_token_id is {stops!r}, no token ids"
             elif path.name in WEIGHTS:
                 dict(content["weight_map"])
-    except KeyError as error:
-        reason = f"there is no {error} in it"
+    except pickle.UnpicklingError:  # its message advises to trust the file
+        reason = "it holds Python objects, not tensors alone"
     except Exception as error:  # each library has kinds of its own
         reason = reason_of(error)
     if reason:
@@ -395,6 +414,7 @@ def load_weights(auto, name: str, new: tuple = (), unused: tuple = (), **setting
         **settings,
     )  # fmt: skip
     missing, unexpected = (set(found[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
+    unexpected = {key for key in unexpected if not key.endswith(OLD_BUFFERS)}
     shapes = {
         f"{key} {tuple(theirs)} in place of {tuple(ours)}"
         for key, theirs, ours in found["mismatched_keys"]
@@ -412,17 +432,16 @@ def load_weights(auto, name: str, new: tuple = (), unused: tuple = (), **setting
         "of another shape": shapes,
         "contradictory": untied,
     }
-    kinds["not finite"] = {
-        name
-        for name, x in model.named_parameters()
-        if not torch.stack(x.aminmax()).isfinite().all()
-    }
+    ranges = {name: torch.stack(x.aminmax()) for name, x in model.named_parameters()}
+    kinds["not finite"] = {name for name, x in ranges.items() if not x.isfinite().all()}
     faults = [f"{kind}: {first_names(names)}" for kind, names in kinds.items() if names]
     if faults:
         adapter = re.search(r"lora_|base_layer|base_model\.model\.", " ".join(unexpected))
         more = f"; these are weights of an adapter: {MERGE}" if adapter else ""
         kind = type(model).__name__
         raise InputError(f"the weights are not those of {kind}: {'; '.join(faults)}{more}")
+    if zero := {k for k, x in ranges.items() if model.get_parameter(k).ndim > 1 and not x.any()}:
+        print(f"{name}: all values are 0, as in a broken download: {first_names(zero)}", flush=True)
     if drawn:
         print(f"{name} has no {first_names(drawn)}: it is new and drawn at random", flush=True)
     text = text_part(model, auto)

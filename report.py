@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import paired
-from data import InputError, PreferenceData
+from data import InputError, PreferenceData, input_error_for
 from distributed import from_rank_0, print0
 from losses import LN2
 from packing import Packed, Survey
@@ -159,9 +159,11 @@ class Table:
         if dist.get_rank() == 0:
             rows = []
             if step and path.exists():
-                with path.open() as old:
+                with input_error_for(f"{path} is damaged"), path.open() as old:
                     whole = (row for row in csv.DictReader(old) if None not in row.values())
                     rows = [row for row in whole if int(row["step"]) <= step]
+            elif step:
+                print0(f"{path} is gone: it begins anew after step {step}")
             self.steps = {int(row["step"]) for row in rows}
             unfinished = path.with_name(f".{path.name}.unfinished")
             self.file = unfinished.open("w", newline="")
@@ -187,7 +189,7 @@ class Table:
 
 def read_table(path: Path) -> list[dict[str, float]]:
     """Returns the rows of metrics.csv, or of another table of numbers, without empty columns."""
-    with Path(path).open() as file:
+    with input_error_for(str(path)), Path(path).open() as file:
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
@@ -379,6 +381,8 @@ def check_same(old: dict, new: dict):
         differences.append(text)
     if differences:  # one text, if policy and reference are one model
         raise InputError(f"--resume: {'; '.join(dict.fromkeys(differences))}")
+    if old.get("held_out_fingerprint") not in (None, new.get("held_out_fingerprint")):
+        print0("--resume: the held-out pairs are other ones: eval.csv's new rows are about those")
     if rounding := [f"{k} {values[k]}" for k in EXACT_ONLY_WITH if k in values]:
         print0(f"--resume: equal up to rounding, not bit for bit: {'; '.join(rounding)}")
 

@@ -56,6 +56,7 @@ from flags import (
     number,
     positive,
     refuse,
+    seconds,
     world_folder,
 )
 from generate import quiet
@@ -266,24 +267,35 @@ def fit(
     schedule = get_cosine_schedule_with_warmup(optimizer, int(args.warmup * steps), steps)
     (share,) = schedule.lr_lambdas  # of the peak, as a function of the step
     table = report.Table(out_dir / "metrics.csv", COLUMNS, start)
-    for step in range(start, steps):
-        order = batch_indices(step, len(triplets), args.batch_size, args.seed)
-        loss, accuracy = backward(lm, [triplets[i] for i in order], args, device, pair_loss)
-        norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), args.grad_clip).full_tensor().item()
-        if not np.isfinite(loss + norm):
-            raise FloatingPointError(f"step {step + 1}: loss {loss}, gradient {norm}")
-        lr = args.lr * share(step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
-        done = step + 1
-        table.write(dict(step=done, loss=loss, accuracy=accuracy, lr=lr, grad_norm=norm))
-        if done % max(1, steps // 20) == 0 or done == steps:
-            print0(f"{done:>5}/{steps} loss {loss:.4f} accuracy {accuracy:.2f} grad {norm:.1e}")
-        if args.save_every and done % args.save_every == 0:
-            table.sync()
-            save_state(out_dir, done, args.keep, trained)
+    with distributed.StopSignals() as signals:
+        for step in range(start, steps):
+            order = batch_indices(step, len(triplets), args.batch_size, args.seed)
+            loss, accuracy = backward(lm, [triplets[i] for i in order], args, device, pair_loss)
+            norm = (
+                torch.nn.utils.clip_grad_norm_(lm.parameters(), args.grad_clip).full_tensor().item()
+            )
+            if not np.isfinite(loss + norm):
+                raise FloatingPointError(f"step {step + 1}: loss {loss}, gradient {norm}")
+            lr = args.lr * share(step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+            done = step + 1
+            table.write(dict(step=done, loss=loss, accuracy=accuracy, lr=lr, grad_norm=norm))
+            if done % max(1, steps // 20) == 0 or done == steps:
+                print0(f"{done:>5}/{steps} loss {loss:.4f} accuracy {accuracy:.2f} grad {norm:.1e}")
+            stopping = signals.anywhere(device)
+            if args.save_every and (stopping or done % args.save_every == 0):
+                table.sync()
+                save_state(out_dir, done, args.keep, trained)
+            if stopping and done < steps:
+                kept = (
+                    "--resume goes on from there"
+                    if args.save_every
+                    else "no --save_every: no state"
+                )
+                raise InputError(f"stopped by a signal after step {done}; {kept}")
 
 
 def backward(
@@ -353,7 +365,7 @@ def parse_args(argv: list[str]):
     add("--keep", type=count, default=2, help="newest states that stay [2]")
     add("--seed", type=natural, default=0, help="[0]")
     add("--resume", action="store_true", help="continue from the newest state of --out_dir")
-    add("--timeout", type=positive, default=600, help="seconds to wait for another rank [600]")
+    add("--timeout", type=seconds, default=600, help="seconds to wait for another rank [600]")
     add("--out_dir", default="out/reward", help="[out/reward]")
     # fmt: on
     args = parser.parse_args(argv)

@@ -23,6 +23,7 @@ from flags import (
     natural,
     number,
     positive,
+    seconds,
     world_folder,
 )
 from losses import OPO_LOSSES
@@ -87,7 +88,7 @@ def flags() -> Parser:
     add("--mean", choices=["ema", "batch"], default="ema", help="means of the scores [ema, Alg. 1]")
     add("--ema_decay", type=number(float, 0, 0.999999), default=0.9, help="alpha [0.9, App. B]")
     add("--disc_layers", type=count, help="[2, llama preset 4, App. B]")
-    add("--disc_hidden", type=count, help="[512, Fig 10; mini 32, paired 64, ours]")
+    add("--disc_hidden", type=number(int, 1, 2**16), help="[512, Fig 10; mini 32, paired 64, ours]")
     add("--disc_dropout", type=number(float, 0, 0.99), help="[0.1, Fig 10; mini 0, ours]")
     add("--disc_lr", type=at_least_0, help="[lr / 2, App. B; mini 10 lr, paired 3e-3, ours]")
     add("--disc_every", type=count, default=1, help="steps per critics' update [1, Alg. 1]")
@@ -117,7 +118,7 @@ def flags() -> Parser:
     add("--seed", type=natural, default=0, help="of data order, critics, the miniature [0]")
     add("--out_dir", help="[the next free out/run-NNN]")
     add("--resume", action="store_true", help="go on from the newest state of --out_dir [off]")
-    add("--timeout", type=positive, default=600, help="seconds to wait for another rank [600]")
+    add("--timeout", type=seconds, default=600, help="seconds to wait for another rank [600]")
     return parser
 # fmt: on
 

@@ -30,6 +30,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -333,6 +334,8 @@ def check_input(args, device: torch.device):
         sizes = f"{config.hidden_size}, of the reference {ref_config.hidden_size}"
         raise InputError(f"hidden size of the policy {sizes}: their latents cannot be compared")
     data, held_out = load_data(args, tokenizer, args.max_length, print0, args.eval_every > 0)
+    if args.ref_model != args.model and needs_reference(args):
+        check_tokens(data, tokenizer, read_tokenizer(args.ref_model, flag="--ref_model"))
     largest = max(int(ids.max()) for t in data.triplets for ids in t[:3])
     limit = min(config.vocab_size, ref_config.vocab_size)
     if largest >= limit:
@@ -340,6 +343,18 @@ def check_input(args, device: torch.device):
             f"token id {largest} is beyond the vocabulary of policy and reference, {limit} tokens"
         )
     return tokenizer, config, data, held_out
+
+
+def check_tokens(data: PreferenceData, tokenizer, other):
+    """Raises InputError if a token of the data is another one to the reference's tokenizer."""
+    used = sorted({int(i) for t in data.triplets for ids in t[:3] for i in np.unique(ids)})
+    names = (x.convert_ids_to_tokens(used) for x in (tokenizer, other))
+    for i, *both in zip(used, *names, strict=True):
+        if both[0] != both[1]:
+            raise InputError(
+                f"--ref_model has another tokenizer: token {i} is {both[1]!r} there, and"
+                f" {both[0]!r} of --model"
+            )
 
 
 def plan(args, data: PreferenceData, device: torch.device) -> Survey:
@@ -440,6 +455,8 @@ def check_start(run, batch: Packed):
     bad = [
         f"{k} by {w:.1e}" for k, w in zip(off, worst.tolist(), strict=True) if not w <= tolerance
     ]
+    if not worst.isfinite().all():
+        raise FloatingPointError("the models' outputs on the first batch are not finite numbers")
     if bad:
         raise FloatingPointError(
             f"policy and reference are one model, but they differ at the start: {', '.join(bad)}"

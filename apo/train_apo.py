@@ -73,6 +73,7 @@ from flags import (
     number,
     positive,
     refuse,
+    seconds,
     world_folder,
 )
 from generate import quiet, refuse_half_characters
@@ -533,7 +534,7 @@ def flags() -> Parser:
     add("--save_every", type=natural, default=0, help="steps between states [0: none]")
     add("--seed", type=natural, default=0, help="[0]")
     add("--resume", action="store_true", help="continue the game of --out_dir")
-    add("--timeout", type=positive, default=3600, help="seconds to wait for another rank [3600]")
+    add("--timeout", type=seconds, default=3600, help="seconds to wait for another rank [3600]")
     add("--out_dir", default="out/apo", help="[out/apo]")
     return parser
 # fmt: on

@@ -10,6 +10,7 @@ import re
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -258,6 +259,9 @@ FIRST = [  # what a user of the miniature may get wrong; it takes more than a mi
     (["--resume", "--out_dir=nothing"], "nothing: no run to resume"),
     (["--chat_template=nowhere.jinja"], "--chat_template nowhere.jinja: there is no such file$"),
     (["--chat_template=."], r"--chat_template \.: there is no such file$"),
+    (["--seed=99999999999999999999"], "--seed: 9+ is not in"),
+    (["--timeout=1e300"], "--timeout: 1e300 is not in"),
+    (["--disc_hidden=10000000"], "--disc_hidden: 10000000 is not in"),
     (["--dataset="], "--dataset: its value is empty$"),
     (["--model", ""], "--model: its value is empty$"),
     (["--out_dir=r\udce4un"], r"'--out_dir=r\\udce4un' is no valid UTF-8"),
@@ -340,6 +344,17 @@ def test_processes_that_were_not_told_how_to_meet_are_refused(
     argv = ["--model=out/mini/seed0/model"] * (program is eval_alpaca)
     line = refused_at_once(program, argv)
     assert f": {message}: start several processes by torchrun --nproc_per_node N " in line
+
+
+def test_ranks_that_cannot_meet_are_one_line(nothing_built, monkeypatch):
+    for name, value in (MEETING | {"RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    late = mock.Mock(side_effect=torch.distributed.DistStoreError("Timed out after 4 seconds."))
+    monkeypatch.setattr("torch.distributed.init_process_group", late)
+    line = refused_at_once(train_ganpo, [])
+    assert line.endswith(
+        "could not meet the other ranks at 127.0.0.1:1: Timed out after 4 seconds."
+    )
 
 
 def test_a_launcher_of_one_process_is_no_obstacle(tiny_world, tmp_path, monkeypatch):

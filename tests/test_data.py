@@ -954,6 +954,14 @@ def test_the_day_that_a_template_writes_is_todays_unless_another_is_given(tmp_pa
     assert load(tmp_path, good(2), day="2024-01-05").day is None
 
 
+def test_what_a_library_in_rust_raises_is_one_line_too():
+    """It is no Exception."""
+    with pytest.raises(InputError, match="^a file: panicked$"), input_error_for("a file"):
+        raise BaseException("panicked")
+    with pytest.raises(KeyboardInterrupt), input_error_for("a file"):
+        raise KeyboardInterrupt
+
+
 def test_ranks_on_two_sides_of_midnight_read_one_day(monkeypatch):
     """Every rank takes the day from rank 0."""
     calls = []

@@ -336,6 +336,15 @@ def test_weights_that_are_not_the_models_are_refused_by_every_program(kind, tiny
         world.examine(str(model), [], 0.0, 0)
 
 
+def test_weights_of_zeros_are_named_and_old_constants_are_no_weights(tiny_world, tmp_path, capsys):
+    model = shutil.copytree(tiny_world / "llama", tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights |= {ONE: 0 * weights[ONE], "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    policy.load_weights(AutoModelForCausalLM, str(model))
+    assert capsys.readouterr().out.endswith(f"all values are 0, as in a broken download: {ONE}\n")
+
+
 def test_only_training_from_a_causal_lm_draws_a_new_head_and_says_so(tiny_world, tmp_path, capsys):
     said = r"llama has no score.weight: it is new and drawn at random"
     out = [f"--out_dir={tmp_path / n}" for n in "abc"]
@@ -429,7 +438,23 @@ NOT_PLAIN = {
     ),
     "an index without names": (
         lambda f: in_shards(f)[0].with_name("model.safetensors.index.json").write_text("{}"),
-        "index.json is cut or damaged .*; there is no 'weight_map' in it",
+        "index.json is cut or damaged .*; there is no 'weight_map'",
+    ),
+    "an old index beside": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {}}'),
+        "holds both model.safetensors and model.safetensors.index.json: remove one",
+    ),
+    "a link to nothing": (
+        lambda f: (f / "more.safetensors").symlink_to(f / "blobs" / "0"),
+        "more.safetensors is a link to a file that is not there",
+    ),
+    "a pickled object": (
+        lambda f: torch.save({"a": Path("b")}, as_bin(f)),
+        "pytorch_model.bin is cut or damaged .*; it holds Python objects, not tensors alone",
+    ),
+    "a stop by name": (
+        lambda f: (f / "generation_config.json").write_text('{"eos_token_id": "</s>"}'),
+        "generation_config.json is .*; eos_token_id is '</s>', no token ids",
     ),
     "cut settings": (
         lambda f: (f / "generation_config.json").write_text('{"eos_token_id": [1,'),
@@ -570,15 +595,23 @@ def test_angles_that_depend_on_the_batch_are_refused_or_not_reached(tiny_world, 
         policy.check_config(nested, 64)
 
 
-@pytest.mark.parametrize("changes", [{"use_sliding_window": False}, {"sliding_window": None}])
-def test_a_config_that_contradicts_itself_about_windows_is_refused(changes):
+CONTRADICTS = "contradicts itself: layer_types has sliding_attention"
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"use_sliding_window": False}, CONTRADICTS),
+    ({"sliding_window": None}, CONTRADICTS),
+    ({"sliding_window": 0}, "sliding_window 0, with which a token sees nothing"),
+    ({"layer_types": ["chunked_attention"] * 2}, "layers of type 'chunked_attention' are not"),
+])  # fmt: skip
+def test_a_config_that_contradicts_itself_about_windows_is_refused(changes, message):
     """The model itself would mask by the types of its layers."""
     layers = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}
     config = SmolLM3Config(**{"use_sliding_window": True, "sliding_window": 8} | layers)
     policy.check_config(config, 64)
     for name, value in changes.items():
         setattr(config, name, value)
-    with pytest.raises(ValueError, match="contradicts itself: layer_types has sliding_attention"):
+    with pytest.raises(ValueError, match=message):
         policy.check_config(config, 64)
 
 

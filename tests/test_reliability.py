@@ -40,6 +40,7 @@ import reward_model
 import train_ganpo
 from data import load_pairs
 from flags import command_line
+from generate import show_error
 from helpers import (
     ROOT,
     close,
@@ -424,6 +425,65 @@ def test_settings_that_do_not_may_change(six_steps, stopped, tiny_world, tmp_pat
     assert states(tmp_path / "r") == ["step-000006"]
     said = "equal up to rounding, not bit for bit: micro_batch_size was 32, is now 3\n"
     assert f"--resume: {said}" in capsys.readouterr().out
+
+
+def test_other_held_out_pairs_are_named(stopped, tiny_world, tmp_path, capsys):
+    shutil.copytree(stopped, tmp_path / "r")
+    make_rows(tmp_path / "other.jsonl", 8, seed=9)
+    more = f"--eval_split={tmp_path / 'other.jsonl'}", "--eval_every=2", "--stop_after=3"
+    run(tiny_world, tmp_path / "r", "--epochs=2", "--resume", *more)
+    before = capsys.readouterr().out
+    run(tiny_world, tmp_path / "r", "--epochs=2", "--resume", "--eval_every=2",
+        f"--eval_split={tiny_world / 'test.jsonl'}")  # fmt: skip
+    said = "the held-out pairs are other ones: eval.csv's new rows are about those"
+    assert said not in before and f"--resume: {said}" in capsys.readouterr().out
+
+
+def test_what_is_no_state_of_the_run_is_not_continued(stopped, tiny_world, tmp_path, capsys):
+    out = shutil.copytree(stopped, tmp_path / "r")
+    shutil.copytree(out / "state" / "step-000002", out / "state" / "step-000004")
+    shutil.copytree(out / "state" / "step-000002", out / "state" / "step-000009-copy")
+    argv = flags(tiny_world, out, "--resume", "--epochs=2", "--stop_after=3")
+    (out / "metrics.csv").rename(tmp_path / "metrics.csv")
+    train_ganpo.main(argv)
+    said = capsys.readouterr().out
+    assert "step-000004 is damaged" in said and "copy" not in said
+    assert "resumed after step 2" in said and "metrics.csv is gone: it begins anew after" in said
+    (out / "metrics.csv").write_text((tmp_path / "metrics.csv").read_text().replace(",", ";"))
+    with pytest.raises(SystemExit, match="metrics.csv is damaged: there is no 'step'"):
+        train_ganpo.main([*argv[:-1], "--stop_after=5"])
+
+
+def test_a_state_of_other_shapes_is_one_line(stopped, tiny_world, tmp_path):
+    out = shutil.copytree(stopped, tmp_path / "r")
+    config = json_of(out / "config.json") | {"disc_hidden": 24}
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="step-000002 is the state of another model, or of other"):
+        run(tiny_world, out, "--epochs=2", "--resume", "--disc_hidden=24")
+
+
+def test_a_reader_that_is_gone_ends_the_run_with_a_state(tiny_world, tmp_path, monkeypatch):
+    """As `| tee` whose terminal has been closed."""
+    into, out_of = os.pipe()[::-1]
+    os.close(out_of)
+    monkeypatch.setattr(sys, "stdout", open(into, "w"))
+    monkeypatch.setattr(distributed.StopSignals, "reader_is_gone", False)
+    train_ganpo.main(flags(tiny_world, tmp_path / "r", "--epochs=2"))
+    assert states(tmp_path / "r") == ["step-000001"]
+
+
+def test_a_signal_ends_a_reward_models_training_with_a_state(tiny_world, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed.StopSignals, "anywhere", lambda *_: True)
+    argv = [f"--model={tiny_world / 'llama'}", f"--dataset={tiny_world / 'train.jsonl'}",
+            f"--out_dir={tmp_path / 'r'}", "--batch_size=8", "--max_length=64"]  # fmt: skip
+    with pytest.raises(SystemExit, match="by a signal after step 1; --resume goes on from there"):
+        reward_model.main([*argv, "--save_every=2"])
+    assert states(tmp_path / "r") == ["step-000001"]
+
+
+def test_ctrl_c_is_one_line(capsys):
+    show_error(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 NO_RUN = "its config.json is missing, damaged or not that of a run: pass another --out_dir$"

@@ -9,6 +9,7 @@ rank and in forked ones for two. The oracle is Algorithm 1 written out naively i
 import json
 import math
 import re
+import shutil
 import statistics
 
 import numpy as np
@@ -369,6 +370,21 @@ def test_a_run_whose_reference_is_not_the_policy_stops_at_the_start(
     with pytest.raises(SystemExit, match="differ at the start: latents by"):
         train_ganpo.main(flags(tiny_world, tmp_path / "r"))
     assert not (tmp_path / "r" / "metrics.csv").exists()
+
+
+def test_a_reference_whose_tokens_are_others_is_refused(tiny_world, tmp_path):
+    """Its vocabulary is as large, so that every token id is one of its own."""
+    ref = shutil.copytree(tiny_world / "llama", tmp_path / "ref")
+    vocabulary = (ref / "tokenizer.json").read_text()
+    (ref / "tokenizer.json").write_text(swapped(vocabulary, '"a": ', '"b": '))
+    with pytest.raises(SystemExit, match="ref_model has another tokenizer: token .* is 'b' there"):
+        run(tiny_world, tmp_path / "r", f"--ref_model={ref}")
+
+
+def swapped(text, one, other):
+    """Swaps the numbers after two texts."""
+    a, b = (re.search(re.escape(x) + r"(\d+)", text)[1] for x in (one, other))
+    return text.replace(one + a, one + b, 1).replace(other + b, other + a, 1)
 
 
 @pytest.mark.parametrize("loss", ["dpo", "simpo"])

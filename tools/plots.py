@@ -365,7 +365,7 @@ def main(argv: list[str] | None = None):
             path = Path(args.out) / f"{name}.png"
             save(figure, path)
             print(f"wrote {path}")
-    except (InputError, OSError) as error:
+    except (InputError, OSError, ValueError) as error:
         sys.exit(f"tools.plots: {error}")
 
 
