@@ -176,7 +176,7 @@ def parse_parquet(source: str, raw: bytes) -> list[dict]:
     try:
         return pyarrow.parquet.read_table(io.BytesIO(raw)).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{source}: not a whole parquet file: {error}") from None
+        raise InputError(f"{source}: not a whole parquet file: {reason_of(error)}") from None
 
 
 def parse_json(source: str, raw: bytes) -> list:
@@ -467,7 +467,7 @@ def joined(parts: list) -> str:
     for part in parts:
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise RowFault("content is not text")
-        for kind in ("image", "audio", "video"):
+        for kind in ("image", "audio", "video", "document", "file", "thinking"):
             if kind in part["type"]:
                 raise Unusable(f"has {kind}")
         if part["type"] not in TEXT_PARTS or not isinstance(part.get("text"), str):

@@ -184,7 +184,8 @@ def once(path: Path, compute: Callable):
     if not distributed.from_rank_0(path.exists, "--out_dir"):
         text = json.dumps(compute())
         distributed.from_rank_0(lambda: write_synced(path, text), "--out_dir")
-    return json.loads(path.read_text())
+    with input_error_for(f"{path} is damaged: remove it"):
+        return json.loads(path.read_text())
 
 
 class Stopped(Exception):

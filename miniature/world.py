@@ -449,7 +449,9 @@ def build(
             fcntl.flock(lock, fcntl.LOCK_EX)  # a second builder waits here for the first
             if not folder.exists():
                 build_alone(folder, settings, log)
-    if json.loads((folder / "world.json").read_text()) != settings:
+    with input_error_for(f"{folder / 'world.json'} is damaged: remove {folder}"):
+        built_with = json.loads((folder / "world.json").read_text())
+    if built_with != settings:
         raise InputError(f"{folder} was built with other settings: remove it")
     return folder
 

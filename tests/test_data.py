@@ -618,6 +618,7 @@ FAULTS = [
     ("has tools", row("q", "a", "b") | {"tools": '[{"name": "f"}]'}),
     ("has images", row("q", "a", "b") | {"images": ["a.png"]}),
     ("has image", row(chat([{"type": "image", "text": None}]), "a", "b")),
+    ("has document", row(chat([{"type": "document", "text": None}]), "a", "b")),
     ("has images", row([{**chat("q")[0], "images": ["a.png"]}], "a", "b")),
     ("has audio", row("q", "a", "b") | {"audio": {"path": "a.wav"}}),
     ("two system turns", row(KIND + chat("q"), "a", "b") | {"system": "other"}),
