@@ -349,9 +349,9 @@ def read_config(out_dir: Path) -> dict | None:
 
 
 def template_day(args) -> str | None:
-    """Returns the day that the chat template of the run in --out_dir has written since the run
-    began; None without --resume, or if the template writes none."""
-    config = read_config(args.out_dir) if args.resume else None
+    """Returns the day that the chat template writes in a run that is resumed, or repeated from a
+    config.json; None in another run, or if the template writes none."""
+    config = read_config(args.out_dir) if args.resume else vars(args)
     return config and config.get("template_day")
 
 

@@ -951,7 +951,7 @@ def test_the_day_that_a_template_writes_is_todays_unless_another_is_given(tmp_pa
     assert load(tmp_path, good(2), day="2024-01-05").day is None
 
 
-def test_a_run_that_goes_on_tomorrow_reads_the_day_of_its_beginning(
+def test_a_run_that_goes_on_or_is_repeated_tomorrow_reads_the_day_of_its_beginning(
     tiny_world, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "dated.jinja").write_text(DATED)
@@ -965,6 +965,8 @@ def test_a_run_that_goes_on_tomorrow_reads_the_day_of_its_beginning(
     rows, _ = run(tiny_world, tmp_path / "r", *more, "--resume")
     assert len(rows) == 3 and f"writes the day: {began}" in capsys.readouterr().out
     assert json_of(tmp_path / "r" / "config.json")["template_day"] == began
+    run(tiny_world, tmp_path / "s", f"--config={tmp_path / 'r/config.json'}")
+    assert json_of(tmp_path / "s" / "config.json")["template_day"] == began
 
 
 FAILING = {  # what a template does, and what is said of it
