@@ -12,6 +12,8 @@ back and trains these steps again; the curves are then written anew, and they ar
 program starts.
 """
 
+import cpu  # noqa: F401  must come before torch
+
 import csv
 import hashlib
 import io
