@@ -165,8 +165,6 @@ def test_every_flag_that_a_page_names_exists(monkeypatch):
     known = {word for p in PROGRAMS.values() for word in options_of(p, monkeypatch)}
     known |= {f"--{name}" for name in (*OF_TORCHRUN, *OF_VIEWERS)}
     known |= {"--kills"}  # tests/test_reliability.py
-        "--kills"
-    }  # tests/test_reliability.py
     assert {"--lambda_adv", "--temperatures", "--estimate", "--aligner", "--quick"} <= known
     for page, text in PAGES.items():
         ours = re.sub(r"--vs \"[^\"]*\"|^lm_eval.*", "", text.replace("\\\n", " "), flags=re.M)
