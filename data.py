@@ -958,7 +958,11 @@ def examine_many(rows: Sequence, look: partial, log: Callable) -> Iterator[tuple
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with Path(folder, f"{key}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # for ranks that wait here no time-out runs
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log("waiting for another process, which tokenises the same rows")
+                fcntl.flock(lock, fcntl.LOCK_EX)  # for ranks that wait here no time-out runs
             there = {*folder.glob(f"{key}*.arrow")}
             if not there:
                 log(f"tokenising {len(rows):,} rows in {workers} processes")

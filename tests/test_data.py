@@ -10,6 +10,7 @@ so on, with the names of PUBLISHED), and are skipped where that is absent.
 
 import cpu
 
+import fcntl
 import gzip
 import io
 import json
@@ -1280,6 +1281,25 @@ def test_ids_that_cannot_be_kept_or_found_are_one_line(many, tmp_path, monkeypat
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(InputError, match="^tokenising, with .*cache/ganpo .*: .*Not a directory"):
         load(tmp_path, good(4))
+
+
+def test_a_process_waits_for_another_that_tokenises_the_same_rows_and_says_so(
+    many, tmp_path, monkeypatch
+):
+    many(1)
+    monkeypatch.setattr(data, "hash_of", lambda *_, **__: "key")
+    (tmp_path / "cache" / "ganpo").mkdir(parents=True)
+    with (tmp_path / "cache" / "ganpo" / "key.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        lines = []
+
+        def log(line):
+            lines.append(line)
+            fcntl.flock(other, fcntl.LOCK_UN)
+
+        assert len(load(tmp_path, good(4), log=log).triplets) == 4
+    assert lines[0] == "waiting for another process, which tokenises the same rows"
+    assert len(lines) == 3
 
 
 def slowly(folder, rank):
