@@ -838,6 +838,7 @@ def test_answers_made_elsewhere_are_judged_as_those_of_their_model(exam, tmp_pat
     assert by_file == [row | unknown for row in by_model]
     printed = capsys.readouterr().out
     assert "--outputs: not known of these answers, and so null: cut_answer, cut_prompt" in printed
+    assert "not used" not in printed  # the baseline is a model, which writes by these flags
     assert not [*(tmp_path / "b").glob("model-T*")]  # it wrote no answers
 
 
