@@ -4,20 +4,29 @@
     data.triplets[0].prompt, .chosen, .rejected     # token ids
 
 Rows that cannot be trained on are dropped and counted by reason; no row is repaired in silence.
-This file knows no model and no ranks: every rank reads the same rows.
+This file knows no model and no ranks: every rank reads the same rows. Many rows are tokenised by
+several processes, and their ids kept on disk: the ranks of a machine take turns, so that the first
+does the work and the others read its result.
 """
 
+import cpu
+
+import fcntl
 import gzip
 import hashlib
 import io
 import json
+import pickle
 import re
+import tempfile
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +46,7 @@ ACCEPTED = (
 FILE_NAME = re.compile(r"\.(jsonl|json|parquet)(\.gz)?$")
 LONGEST = 1000  # characters of an exception, or of names, that are shown
 MERGED = 2  # tokens of a prompt that may merge with an answer's first characters
+MANY = 10_000  # rows from which on several processes tokenise them and the ids are kept
 MALFORMED_LIMIT = 0.01  # with a larger share of faulty rows the data set itself must be wrong
 
 
@@ -876,21 +886,19 @@ def load_pairs(
             " that with --chat_template FILE"
         )
     triplets, notes, dropped = [], Counter(), {k: Counter() for k in (RowFault, TooLong, Unusable)}
-    first_row, unread = {}, {}  # the first row of each fault, and of each column that is not read
-    for i, row in enumerate(rows):
-        try:
-            pair = as_given = to_messages(row)
-            if strip_thinking:
-                pair = without_thinking(*pair)
-            triplets.append(encoder.triplet(*pair, max_length, i, notes))
-        except RowFault as fault:
-            dropped[type(fault)][str(fault)] += 1
-            first_row.setdefault(str(fault), i)
+    first_row, unread = {}, {}  # the first row of each fault; the columns that are not read
+    of_kind = {kind.__name__: counter for kind, counter in dropped.items()}
+    look = partial(examine, encoder=encoder, max_length=max_length, strip_thinking=strip_thinking)
+    found = map(look, rows) if len(rows) < MANY else examine_many(rows, look, log)
+    for i, (ids, said) in enumerate(found):
+        if ids is None:
+            kind, reason = said
+            of_kind[kind][reason] += 1
+            first_row.setdefault(reason, i)
         else:
-            notes.update(noticed(row, *as_given, stripped=strip_thinking))
-            unread |= dict.fromkeys(unread_columns(row), i)
-        if (i + 1) % 10_000 == 0:
-            log(f"tokenised {i + 1:,} of {len(rows):,} rows")
+            triplets.append(Triplet(*ids, i))
+            notes.update(said[0])
+            unread |= dict.fromkeys(said[1])
     faults, too_long, unusable = dropped.values()
     if faults.total() > MALFORMED_LIMIT * len(rows):
         first = ", ".join(f"{fault} in row {first_row[fault]}" for fault in faults)
@@ -911,6 +919,96 @@ def load_pairs(
     return PreferenceData(
         triplets, dropped, +notes, len(rows), fingerprint, tuple(unread), encoder.day
     )
+
+
+def examine(row, encoder: ChatEncoder, max_length: int, strip_thinking: bool) -> tuple:
+    """Returns a row's ids of prompt, chosen and rejected, and [its notes, the columns not read].
+
+    For a row that is dropped returns None, and the name of RowFault's kind and the reason.
+    """
+    notes = Counter()
+    try:
+        pair = as_given = to_messages(row)
+        if strip_thinking:
+            pair = without_thinking(*pair)
+        ids = encoder.triplet(*pair, max_length, 0, notes)[:3]
+    except RowFault as fault:
+        return None, (type(fault).__name__, str(fault))
+    notes.update(noticed(row, *as_given, stripped=strip_thinking))
+    return ids, (notes, unread_columns(row))
+
+
+IDS = "prompt chosen rejected".split()
+
+
+def examine_batch(rows: list[bytes], look: Callable) -> dict[str, list]:
+    """Returns what `look` finds in pickled rows, as columns that `datasets` can store."""
+    found, none = [look(pickle.loads(row)) for row in rows], [np.zeros(0, np.int32)] * len(IDS)
+    columns = {k: [(ids or none)[j] for ids, _ in found] for j, k in enumerate(IDS)}
+    return columns | {"said": [json.dumps([ids is not None, *words]) for ids, words in found]}
+
+
+def examine_many(rows: Sequence, look: partial, log: Callable) -> Iterator[tuple]:
+    """Yields look(row) of every row, as many processes find it as there are cores.
+
+    The workers, their progress and the cache are those of `datasets`. The results lie in its cache
+    folder (HF_DATASETS_CACHE), by a hash of all that they depend on. log(line) is told where.
+    Raises InputError if that folder cannot be used or a worker ends.
+    """
+    import datasets  # see read_with_datasets
+
+    folder, key = Path(datasets.config.HF_DATASETS_CACHE, "ganpo"), hash_of(rows, **look.keywords)
+    ids = datasets.List(datasets.Value("int32"))
+    kinds = datasets.Features(dict.fromkeys(IDS, ids) | {"said": datasets.Value("string")})
+    source = datasets.Features({"row": datasets.Value("large_binary")})
+    workers, begin = cpu.cores(), time.monotonic()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with Path(folder, f"{key}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log("waiting for another process, which tokenises the same rows")
+                fcntl.flock(lock, fcntl.LOCK_EX)  # for ranks that wait here no time-out runs
+            there = {*folder.glob(f"{key}*.arrow")}
+            if not there:
+                log(f"tokenising {len(rows):,} rows in {workers} processes")
+            table = datasets.Dataset.from_dict({"row": [pickle.dumps(r) for r in rows]}, source)
+            table = table.map(
+                examine_batch, input_columns="row", batched=True, batch_size=100,
+                remove_columns="row", fn_kwargs={"look": look}, features=kinds,
+                num_proc=workers if workers > 1 else None, new_fingerprint=key,
+                cache_file_name=str(folder / f"{key}.arrow"), desc="tokenised",
+            )  # fmt: skip
+            same = there == {*folder.glob(f"{key}*.arrow")}
+    except (OSError, RuntimeError) as error:  # the latter if a worker was killed
+        raise InputError(f"tokenising, with {folder} for the ids: {reason_of(error)}") from None
+    how = "read from" if same else f"found in {time.monotonic() - begin:.0f} s and kept in"
+    log(f"token ids of {len(rows):,} rows {how} {folder}/{key}*.arrow")
+    for part in table.with_format("arrow").iter(1000):
+        part = part.combine_chunks()
+        columns = [part[k].chunk(0) for k in IDS]
+        ends = [column.offsets.to_numpy() for column in columns]
+        values = [column.values.to_numpy() for column in columns]
+        for i, words in enumerate(part["said"].to_pylist()):
+            kept, *said = json.loads(words)
+            of_row = (v[e[i] : e[i + 1]].copy() for v, e in zip(values, ends, strict=True))
+            yield (tuple(of_row) if kept else None), said
+
+
+def hash_of(rows: Sequence, encoder: ChatEncoder, **settings) -> str:
+    """Returns a hash of all that examine depends on: rows, tokenizer, template, day, settings, and
+    this code with that of the libraries."""
+    versions = [version(name) for name in ("transformers", "tokenizers")]
+    texts = [encoder.day, settings, versions]
+    digest = hashlib.sha256(Path(__file__).read_bytes() + repr(texts).encode())
+    with tempfile.TemporaryDirectory() as folder:
+        encoder.tokenizer.save_pretrained(folder)  # with its template
+        for file in sorted(Path(folder).iterdir()):
+            digest.update(file.read_bytes())
+    for row in rows:
+        digest.update(repr(row).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:32]
 
 
 def noticed(row: dict, messages: list[dict], *answers: str, stripped: bool) -> dict[str, int]:

@@ -3,6 +3,7 @@
     python eval_alpaca.py --model out/run-000/hf                # the miniature, its exact judge
     torchrun --nproc_per_node 8 eval_alpaca.py --model out/run-001/hf --prompts alpaca_eval \\
         --judge rm --reward_model Skywork/Skywork-Reward-V2-Llama-3.1-8B
+    python eval_alpaca.py --outputs T0.json T0.7.json --temperatures 0 0.7      # written elsewhere
     python eval_alpaca.py --judge annotations --annotations FILE --alpaca_data DIR
 
 Judges: mini (the miniature's exact judge), rm (a reward model), annotations (published AlpacaEval
@@ -96,6 +97,8 @@ from winrate import NOTICED, length_controlled, summary, table
 
 JUDGES = ("mini", "rm", "annotations", "ifeval", "gpt4")
 ONLY_ANNOTATIONS = {"annotations", "difficulty"}  # flags that no other judge uses
+NOT_OF_OUTPUTS = {"model", "score_discriminators", "samples"}  # flags that need a model's weights
+OF_WRITING = "chat_template max_new_tokens batch_size top_k top_p".split()  # by a model
 OF_ANNOTATIONS = {"judge", "alpaca_data", "timeout", "out"} | ONLY_ANNOTATIONS  # those it uses
 ALPACA, ALPACA_N = "tatsu-lab/alpaca_eval", 805  # AlpacaEval's data set, and its instructions
 BASELINE_FILE = "alpaca_eval_gpt4_baseline.json"
@@ -692,7 +695,8 @@ def check_input(args, device: torch.device) -> SimpleNamespace:
     Nothing here communicates between ranks. Raises InputError; otherwise returns
 
     prompts   list of Prompt
-    writer    Writer of --model
+    writer    Writer of --model, or None with --outputs
+    own       the answers of each file of --outputs by its temperature
     baseline  Writer of --baseline, or None
     outputs   the answers of a --baseline that is a file, --samples equal ones per prompt, or None
     judge     the judge, or None if --judge has no verdicts of its own here
@@ -701,14 +705,17 @@ def check_input(args, device: torch.device) -> SimpleNamespace:
     """
     check_writable(Path(args.out), "--out")
     prompts, unread = read_prompts(args)
-    writer = Writer(args.model, "--model", args, device, args.day)
+    instructions, own = [p.instruction for p in prompts], {}
+    for temperature, file in zip(args.temperatures, args.outputs or (), strict=False):
+        own[temperature] = read_outputs(file, instructions)
+    writer = None if own else Writer(args.model, "--model", args, device, args.day)
     baseline = outputs = judge = critics = None
     if args.baseline == "alpaca_eval" or args.baseline and Path(args.baseline).is_file():
         file = args.baseline
         if file == "alpaca_eval":
             file = str(alpaca_file(args, BASELINE_FILE))
         rows = read_rows(file, "train")
-        check_outputs(file, rows, [p.instruction for p in prompts])
+        check_outputs(file, rows, instructions)
         outputs = [[Answer(row["output"], None, None)] * args.samples for row in rows]
     elif args.baseline:
         baseline = Writer(args.baseline, "--baseline", args, device, args.day)
@@ -735,9 +742,21 @@ def check_input(args, device: torch.device) -> SimpleNamespace:
     if args.score_discriminators:
         critics = Critics(args.score_discriminators, writer)
     return SimpleNamespace(
-        prompts=prompts, writer=writer, baseline=baseline, outputs=outputs, judge=judge,
+        prompts=prompts, writer=writer, own=own, baseline=baseline, outputs=outputs, judge=judge,
         critics=critics, unread=unread,
     )  # fmt: skip
+
+
+def read_outputs(file: str, instructions: list[str]) -> tuple[str, list[list[Answer]]]:
+    """Returns the generator of a file of --outputs, and its answers, one to each instruction.
+
+    Raises InputError if the file cannot be read, or is not one model's answers to them all.
+    """
+    where, rows = f"--outputs {file}", read_rows(file, "train")
+    check_outputs(where, rows, instructions, empty_ok=True)
+    if len(names := {row["generator"]: None for row in rows}) > 1:
+        raise InputError(f"{where}: answers of several generators: {', '.join(names)}")
+    return next(iter(names)), [[Answer(row["output"], None, None)] for row in rows]
 
 
 def score_rows(
@@ -804,6 +823,8 @@ def evaluate(args, device: torch.device) -> tuple[list[dict], list[dict]]:
         ]
         return share_out(items, partial(score_rows, inputs, reward, args, who))
 
+    if inputs.own:
+        print0("--outputs: not known of these answers, and so null: cut_answer, cut_prompt")
     if inputs.unread:
         print0(f"--prompts {args.prompts}: columns not read: {', '.join(inputs.unread)}")
     for who in filter(None, (writer, inputs.baseline)):
@@ -823,7 +844,12 @@ def evaluate(args, device: torch.device) -> tuple[list[dict], list[dict]]:
     names = "model baseline judge reward_model seed strip_thinking".split()
     settings = {k: getattr(args, k) for k in names}
     for temperature in args.temperatures:
-        rows = examine(writer.answers(prompts, temperature, out, "model"), writer)
+        if writer:
+            answers = writer.answers(prompts, temperature, out, "model")
+        else:
+            settings["model"], answers = inputs.own[temperature]
+            settings["outputs"] = args.outputs[args.temperatures.index(temperature)]
+        rows = examine(answers, writer)
         other = inputs.outputs
         if inputs.baseline:
             other = inputs.baseline.answers(prompts, temperature, out, "baseline")
@@ -834,19 +860,20 @@ def evaluate(args, device: torch.device) -> tuple[list[dict], list[dict]]:
             reference = args.baseline
             if inputs.baseline:
                 reference = answers_file(out, "baseline", temperature).with_suffix(".json")
-            command = gpt4_command(reference, out, temperature)
+            mine = settings.get("outputs") or f"{out}/model-T{temperature:g}.json"
+            command = gpt4_command(reference, mine, f"{out}/gpt4-T{temperature:g}")
             print0(f"run this where there is an OpenAI key: {command}")
     return results, scores
 
 
-def gpt4_command(reference: str | Path | None, out: Path, temperature: float) -> str:
-    """Returns the command by which AlpacaEval's own judge compares the answers with the outputs of
+def gpt4_command(reference: str | Path | None, outputs: str, out: str) -> str:
+    """Returns the command by which AlpacaEval's own judge compares a file of outputs with those of
     a reference file, by default those of AlpacaEval's baseline."""
     return (
         "pip install alpaca_eval && alpaca_eval --annotators_config weighted_alpaca_eval_gpt4_turbo"
-        f" --model_outputs {out}/model-T{temperature:g}.json"
+        f" --model_outputs {outputs}"
         + (f" --reference_outputs {reference}" if reference else "")
-        + f" --output_path {out}/gpt4-T{temperature:g}"
+        + f" --output_path {out}"
     )
 
 
@@ -865,6 +892,8 @@ def flags() -> Parser:
     parser = Parser("eval_alpaca.py", __doc__)
     add = parser.add_argument
     add("--model", help="a Hugging Face folder or Hub id")
+    add("--outputs", nargs="+", metavar="FILE",
+        help="answers in AlpacaEval's format in place of --model, a file per temperature")
     add("--baseline", help="a model, or a file of its outputs [mini: its reference; AlpacaEval's]")
     add("--prompts", default="mini", help="mini, alpaca_eval, or a file of instructions [mini]")
     add("--judge", choices=JUDGES, default="mini", help="[mini]")
@@ -904,8 +933,10 @@ def parse_args(argv: list[str]):
         return args
     if useless := sorted(given_flags(argv) & ONLY_ANNOTATIONS):
         raise InputError(f"--judge {args.judge} does not use --{', --'.join(useless)}")
-    if not args.model:
-        raise InputError("--model is needed")
+    if args.outputs:
+        check_outputs_flags(args, given_flags(argv))
+    elif not args.model:
+        raise InputError("--model is needed, or --outputs")
     if args.judge == "rm" and not args.reward_model:
         raise InputError("--judge rm needs --reward_model")
     if args.judge == "gpt4" and args.prompts != "alpaca_eval":
@@ -922,31 +953,49 @@ def parse_args(argv: list[str]):
     if args.prompts == "mini":
         from miniature import world  # imported only where it is used
 
-        args.seed = world_of(args.model) if args.seed is None else args.seed
+        if args.seed is None and args.model:
+            args.seed = world_of(args.model)
+        args.seed = args.seed or 0
         args.max_new_tokens = args.max_new_tokens or world.MAX_NEW_TOKENS
         args.prompts = str(world_folder(args.seed) / "prompts.jsonl")
         args.baseline = args.baseline or str(world_folder(args.seed) / "model")
     elif args.prompts == "alpaca_eval" and args.judge != "gpt4":
         args.baseline = args.baseline or "alpaca_eval"
     args.seed, args.max_new_tokens = args.seed or 0, args.max_new_tokens or 2048
-    if args.baseline and Path(args.baseline).resolve() == Path(args.model).resolve():
+    if args.model and args.baseline and Path(args.baseline).resolve() == Path(args.model).resolve():
         args.baseline = None
     return args
+
+
+def check_outputs_flags(args, given: set[str]):
+    """Raises InputError if a given flag contradicts --outputs, or its files and --temperatures are
+    not equally many."""
+    if useless := sorted(given & NOT_OF_OUTPUTS):
+        raise InputError(f"--outputs does not use --{', --'.join(useless)}")
+    if len({Path(file).resolve() for file in args.outputs}) < len(args.outputs):
+        raise InputError("--outputs: a file is given twice")
+    n = len(args.temperatures) if "temperatures" in given else 0
+    if len(args.outputs) != n:
+        raise InputError(
+            f"--outputs has {len(args.outputs)} files and --temperatures {n} values: name the"
+            " temperature of each file"
+        )
 
 
 def default_out(args) -> str:
     """Returns the folder for the answers of --model, another one for every model, --baseline and
     judging reward model.
 
-    It lies beside the model's folder, or in out/ for a Hub id.
+    It lies beside the model's folder, or the first file of --outputs, or in out/ for a Hub id.
     """
-    folder, name = Path(args.model), short_name(args.model)
+    whose = args.outputs[0] if args.outputs else args.model
+    folder, name = Path(whose), short_name(whose)
     what = f"{Path(args.prompts).stem}-{args.judge}"
     if args.judge == "rm":
         what += f"-by-{short_name(args.reward_model)}"
     if args.baseline:
         what += f"-vs-{short_name(args.baseline)}"
-    if not folder.is_dir():
+    if not folder.exists():
         return str(Path("out", name, f"eval-{what}"))
     is_run = folder.resolve().name == "hf"  # then its parent has the name
     return str(folder.parent / (f"eval-{what}" if is_run else f"eval-{name}-{what}"))
@@ -965,10 +1014,14 @@ def unused_flags(args, argv: list[str]) -> dict[str, list[str]]:
     """Returns the given flags that this evaluation does not use, by the reason."""
     given, greedy = given_flags(argv), "temperatures" in args and not any(args.temperatures)
     of_draws = ["top_k", "top_p"] + ["seed"] * (not is_miniature(args.prompts, args.seed))
+    by_file = args.baseline in (None, "alpaca_eval") or Path(args.baseline).is_file()
+    dtype = ["dtype"] * (not args.reward_model)
+    by_nobody = args.outputs is not None and by_file  # no model writes
     no_alpaca = "alpaca_eval" not in (args.prompts, args.baseline)
     reasons = {
         "--temperatures 0": (greedy, of_draws),
         f"--prompts {args.prompts}": (no_alpaca and args.judge != "annotations", ["alpaca_data"]),
+        "--outputs": (by_nobody, [*OF_WRITING, *of_draws[2:], *dtype]),
         "the same --model": (args.baseline is None and args.judge != "annotations", ["baseline"]),
     }
     unused = {

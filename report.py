@@ -353,11 +353,12 @@ def read_config(out_dir: Path) -> dict | None:
 
 
 def template_day(args) -> str | None:
-    """Returns the day that a chat template which writes today's date writes in this run: that on
-    which the run in --out_dir began, if it goes on. All ranks call it and get that of rank 0."""
+    """Returns the day that a chat template which writes today's date writes in this run: today, or
+    that on which a run that is resumed, or repeated from its config.json, began. All ranks call it
+    and get that of rank 0."""
 
     def read():
-        config = read_config(args.out_dir) if args.resume else None
+        config = read_config(args.out_dir) if args.resume else vars(args)
         return config and config.get("template_day") or str(date.today())
 
     return from_rank_0(read, "")

@@ -5,12 +5,14 @@ Alg. 1, the authors of SimPO, or us.
 """
 
 import inspect
+import json
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import paired  # noqa: F401  it registers its critic, so that --critic knows it
 from attention import LAYOUTS
-from data import InputError
+from data import InputError, input_error_for
 from discriminator import DISCRIMINATORS
 from distributed import from_rank_0, print0
 from flags import (
@@ -66,6 +68,7 @@ def flags() -> Parser:
     about = "GANPO: preference optimisation with a latent adversarial regulariser"
     parser = Parser("train_ganpo.py", about, "torchrun train_ganpo.py [--flag value ...]")
     add = parser.add_argument_group("what to train").add_argument
+    add("--config", metavar="FILE", help="flags as JSON, or a run's config.json [none]")
     add("--preset", choices=PRESETS, default="mini", help="settings to start from [mini, ours]")
     add("--model", help="the policy, a folder or a Hub id [preset]")
     add("--ref_model", help="the frozen reference [the model, as in DPO]")
@@ -129,13 +132,72 @@ OF_CLASS = {"disc_layers": "layers", "disc_dropout": "dropout"}  # flag and argu
 OF_CRITICS = [*OF_PAIRED, *OF_SCORES, *OF_CLASS, *"disc_hidden disc_lr disc_every".split()]
 
 
+# What a run's config.json holds beside its flags; a new run finds its own.
+NO_FLAGS = (
+    "versions device ranks threads data_fingerprint held_out_fingerprint pairs dropped notes"
+    " steps_per_epoch total_steps model_weights model_config ref_model_weights ref_model_config"
+    " template_day"
+).split()
+OF_ITS_FOLDER = "out_dir resume".split()  # flags of a run that a new one from its file has not
+TAKES = {  # by argparse's nargs: what JSON has for a flag
+    None: ((str, int, float), "a text or a number"), 0: (bool, "true or false"),
+    "+": (list, "a list"),
+}  # fmt: skip
+FIRST = "preset seed critic critic_input lr".split()  # on which the defaults of other flags depend
+
+
+def flags_of_file(argv: list[str]) -> tuple[list[str], str | None]:
+    """Returns the flags of --config FILE as words of a command line, and the file's template_day.
+
+    A file written by hand gives all its flags. The config.json of a run holds every setting, and
+    stands for the flags that differ from their defaults, so that what follows from another flag
+    also follows from one on the command line. Raises InputError, which names the file, if it holds
+    anything but flags and NO_FLAGS, or a value that its flag does not take.
+    """
+    parser, words = flags(), []
+    file = parser.parse_known_args(argv)[0].config
+    if file is None:
+        return words, None
+    with input_error_for(f"--config {file}"):
+        held = json.loads(Path(file).read_text("utf-8-sig"), object_pairs_hook=once_each)
+        if not isinstance(held, dict):
+            raise InputError("no JSON object of flags")
+        kinds = {a.dest: a.nargs for a in parser._actions if a.dest not in ("help", "config")}
+        if unknown := [k for k in held if k not in {*kinds, *NO_FLAGS}]:
+            raise InputError(f"no flag of train_ganpo.py: {', '.join(unknown)}")
+        day = held.get("template_day") and str(date.fromisoformat(held["template_day"]))
+        of_run = "data_fingerprint" in held
+        held = {k: v for k, v in held.items() if k not in NO_FLAGS and v is not None}
+        for key in sorted(held, key=lambda k: k not in FIRST):
+            value, (right, kind) = held[key], TAKES[kinds[key]]
+            if not isinstance(value, right) or isinstance(value, bool) != (right is bool):
+                raise InputError(f"{key} is {json.dumps(value)}, not {kind}")
+            of_key = [f"--{key}={value}"]
+            if right in (bool, list):
+                of_key = [f"--{key}"] * value if right is bool else [f"--{key}", *map(str, value)]
+            parser.parse_args(of_key)
+            default = of_run and getattr(parse_args(words), key)
+            if not of_run or key not in OF_ITS_FOLDER and value != default:
+                words += of_key
+    return words, day
+
+
+def once_each(pairs: list[tuple]) -> dict:
+    """Returns an object of JSON as a dict; raises InputError if a key stands in it twice."""
+    if twice := [k for k, _ in pairs if [name for name, _ in pairs].count(k) > 1]:
+        raise InputError(f"{twice[0]} is given twice")
+    return dict(pairs)
+
+
 def parse_args(argv: list[str]):
     """Returns all settings; what neither a flag nor the preset says follows from other settings.
 
-    Raises InputError for a flag that is wrong, that contradicts another one, or that the chosen
-    loss or critic does not use.
+    Flags of --config FILE count as if they stood at the beginning of the command line. Raises
+    InputError for a flag that is wrong, that contradicts another one, or that the chosen loss or
+    critic does not use.
     """
-    parser = flags()
+    words, day = flags_of_file(argv)
+    argv, parser = words + argv, flags()
     first = parser.parse_known_args(argv)[0]
     preset = {
         k: v.format(seed=first.seed) if isinstance(v, str) else v
@@ -164,6 +226,8 @@ def parse_args(argv: list[str]):
         raise InputError("--eval_every needs held-out pairs: pass --eval_split")
     if args.resume and not args.out_dir:
         raise InputError("--resume needs --out_dir")
+    del args.config  # the run's own config.json holds what it said
+    args.template_day = day
     return args
 
 
@@ -194,7 +258,7 @@ def unused_flags(args, argv: list[str]) -> dict[str, list[str]]:
         "--eval_every 0": (args.eval_every == 0, ["eval_split"]),
         "--max_steps": (args.max_steps is not None, ["epochs"]),
     }
-    given = given_flags(argv)
+    given = given_flags(flags_of_file(argv)[0] + argv)
     unused = {
         reason: [f"--{name}" for name in names if name in given]
         for reason, (holds, names) in reasons.items()

@@ -185,19 +185,24 @@ def flags(world, out, *more, family="llama"):
 def run(world, out, *more, family="llama", ranks=1, **more_of_spawn):
     """Runs the program to its end; returns the rows of metrics.csv, and weights by name.
 
-    The weights are those of the exported policy, and of both critics if there are any.
+    The weights are those of weights_of.
     """
     argv = flags(world, out, *more, family=family)
     if ranks == 1 and not more_of_spawn:
         train_ganpo.main(argv)
     else:
         launch(argv, ranks, **more_of_spawn)
+    return rows_of(out / "metrics.csv"), weights_of(out)
+
+
+def weights_of(out):
+    """The weights of a run's exported policy, and of both critics if there are any, by name."""
     weights = load_file(out / "hf" / "model.safetensors")
     if (out / "discriminators.pt").exists():
         saved = torch.load(out / "discriminators.pt", weights_only=True)
         for sign in ("pos", "neg"):
             weights |= {f"{sign}.{k}": v for k, v in saved[f"disc_{sign}"].items()}
-    return rows_of(out / "metrics.csv"), weights
+    return weights
 
 
 def launch(argv, ranks, **more):

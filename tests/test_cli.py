@@ -37,6 +37,7 @@ from helpers import (
     make_rows,
     rows_of,
     run,
+    weights_of,
     write_lines,
 )
 from losses import OPO_LOSSES
@@ -167,6 +168,101 @@ def test_other_given_flags_that_have_no_effect_are_named_with_the_reason():
         "--eval_every 0": ["--eval_split"],
         "--max_steps": ["--epochs"],
     }
+
+
+# ---------------------------------------------------------------------- --config
+
+
+@pytest.mark.parametrize("argv", [
+    ["--preset=gemma-2-2b-it", "--lr=4e-7", "--dataset_config=a", "--strip_thinking"],
+    ["--loss=simpo", "--seed=3", "--lambda_adv=0", "--disc_layers=3", "--epochs=2"],
+    ["--critic=paired", "--critic_input=h", "--dataset=mine.jsonl", "--checkpointing"],
+    ["--preset=mini-paired", "--disc_hidden=32", "--beta=0.1"],
+    ["--critic=mlp", "--mean=batch", "--dataset=a.jsonl", "--eval_split=b.jsonl", "--keep=1"],
+])  # fmt: skip
+def test_the_config_of_a_run_stands_for_the_flags_that_made_it(argv, tmp_path):
+    """Settings that no critic of the run uses are in it too, and neither refused nor named."""
+    args, file = train_ganpo.parse_args(argv), tmp_path / "config.json"
+    held = vars(args) | {"out_dir": "elsewhere", "resume": True, "data_fingerprint": "f"}
+    file.write_text(json.dumps(held | {"versions": {}, "total_steps": 3}))
+    again = [f"--config={file}"]
+    assert vars(train_ganpo.parse_args(again)) == vars(args)
+    assert settings.unused_flags(args, again) == settings.unused_flags(args, argv)
+
+
+def test_flags_on_the_command_line_win_and_others_follow_from_them(tmp_path):
+    args = train_ganpo.parse_args(["--lr=1e-3", "--seed=2"])
+    (tmp_path / "run.json").write_text(json.dumps(vars(args) | {"data_fingerprint": "f"}))
+    new = train_ganpo.parse_args([f"--config={tmp_path / 'run.json'}", "--lr=2e-3", "--seed=5"])
+    assert (args.disc_lr, new.disc_lr) == (pytest.approx(1e-2), pytest.approx(2e-2))
+    assert new.model == "out/mini/seed5/model"  # as if the first command had had this seed
+    by_hand = {"preset": "mini-paired", "lr": 1e-3, "disc_lr": 0.5, "batch_size": 4}
+    by_hand |= {"out_dir": "out/x", "checkpointing": True, "strip_thinking": False}
+    by_hand["max_steps"] = None
+    (tmp_path / "hand.json").write_text(json.dumps(by_hand))
+    new = train_ganpo.parse_args(["--lr=2e-3", "--config", str(tmp_path / "hand.json")])
+    assert (new.critic, new.lr, new.disc_lr, new.batch_size) == ("paired", 2e-3, 0.5, 4)
+    assert (new.out_dir, new.checkpointing, new.strip_thinking) == ("out/x", True, False)
+
+
+BAD_FILES = [  # what a file of flags holds, and what the one line must say after its name
+    (None, "No such file"),
+    ("{", "Expecting property name"),
+    ("[]", "no JSON object of flags"),
+    ('{"lr": 1e-4, "lr": 1e-3}', "lr is given twice"),
+    ('{"lamda_adv": 1, "lr": 1e-3, "size": 2}', "no flag of train_ganpo.py: lamda_adv, size"),
+    ('{"config": "other.json"}', "no flag of train_ganpo.py: config"),
+    ('{"help": true}', "no flag of train_ganpo.py: help"),
+    ('{"lr": NaN}', "argument --lr: nan is not in"),
+    ('{"lr": "fast"}', "argument --lr: 'fast' is not a valid float"),
+    ('{"lr": true}', "lr is true, not a text or a number"),
+    ('{"batch_size": [8]}', "batch_size is [8], not a text or a number"),
+    ('{"batch_size": 2.5}', "argument --batch_size: '2.5' is not a valid int"),
+    ('{"loss": "ppo"}', "argument --loss: invalid choice: 'ppo'"),
+    ('{"preset": "mini", "checkpointing": 1}', "checkpointing is 1, not true or false"),
+    ('{"template_day": "tomorrow"}', "Invalid isoformat string: 'tomorrow'"),
+]
+
+
+@pytest.mark.parametrize("text, message", BAD_FILES)
+def test_a_file_of_flags_that_cannot_be_used_is_one_line_with_its_name(text, message, tmp_path):
+    file = tmp_path / "flags.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(SystemExit) as refused:
+        train_ganpo.main([f"--config={file}"])
+    line = str(refused.value)
+    assert line.startswith(f"train_ganpo.py: --config {file}: ") and message in line
+    assert "\n" not in line
+
+
+def test_a_flag_of_a_file_that_nothing_uses_is_refused_or_named_like_any_other(tmp_path):
+    file = tmp_path / "flags.json"
+    file.write_text('{"critic": "mlp", "disc_layers": 2, "lambda_adv": 0}')
+    with pytest.raises(InputError, match="^--critic mlp does not use --disc_layers$"):
+        train_ganpo.parse_args([f"--config={file}"])
+    argv = [f"--config={file}", "--critic=transformer"]
+    named = settings.unused_flags(train_ganpo.parse_args(argv), argv)
+    assert named == {"--lambda_adv 0": ["--critic", "--disc_layers"]}
+
+
+def test_a_run_is_repeated_from_its_config_json_and_resumed(
+    tiny_world, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    more = "--loss=simpo", "--beta=3", "--critic=mlp", "--seed=4", "--micro_batch_size=4"
+    _, first = run(tiny_world, tmp_path / "r", *more)
+    config, printed = tmp_path / "r" / "config.json", capsys.readouterr().out
+    beside_flags = {*json.loads(config.read_text())} - {*actions()}
+    assert beside_flags == {*settings.NO_FLAGS}  # a new name must be added there
+    argv = [f"--config={config}"]
+    train_ganpo.main([*argv, "--stop_after=1"])  # a folder of its own
+    train_ganpo.main([*argv, "--out_dir=out/run-000", "--resume"])
+    out = tmp_path / "out" / "run-000"
+    assert furthest(first, weights_of(out)) == 0
+    assert "resumed after step 1" in (again := capsys.readouterr().out)
+    header, later = (re.findall(r"preset .*(?=; all)", text)[-1] for text in (printed, again))
+    assert later == f"{header} resume=True"
 
 
 # ---------------------------------------------------------------------- bad input

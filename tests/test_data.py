@@ -8,15 +8,21 @@ beside the repository, or the folder that GANPO_TOKENIZERS names (mistral_nemo/t
 so on, with the names of PUBLISHED), and are skipped where that is absent.
 """
 
+import cpu
+
+import fcntl
 import gzip
 import io
 import json
 import os
 import random
 import re
+import shutil
 import tarfile
+import time
 from collections import Counter
 from datetime import date
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +32,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+import data
 import report
 import reward_model
 import settings
@@ -39,7 +46,7 @@ from data import (
     load_pairs,
     split_thinking,
 )
-from helpers import CHAT, DATA, SHARED, SPECIAL, TURNS, json_of, run, tiny, write_lines
+from helpers import CHAT, DATA, SHARED, SPECIAL, TURNS, close, json_of, run, tiny, write_lines
 from packing import batch_indices, epoch_order, pack, plan_forwards, survey
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no published data at {SHARED}")
@@ -971,7 +978,7 @@ def test_ranks_on_two_sides_of_midnight_read_one_day(monkeypatch):
     assert calls == [str(date.today())]
 
 
-def test_a_run_that_goes_on_tomorrow_reads_the_day_of_its_beginning(
+def test_a_run_that_goes_on_or_is_repeated_tomorrow_reads_the_day_of_its_beginning(
     tiny_world, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "dated.jinja").write_text(DATED)
@@ -983,6 +990,8 @@ def test_a_run_that_goes_on_tomorrow_reads_the_day_of_its_beginning(
     rows, _ = run(tiny_world, tmp_path / "r", *more, "--resume")
     assert len(rows) == 3 and f"writes the day: {began}" in capsys.readouterr().out
     assert json_of(tmp_path / "r" / "config.json")["template_day"] == began
+    run(tiny_world, tmp_path / "s", f"--config={tmp_path / 'r/config.json'}")
+    assert json_of(tmp_path / "s" / "config.json")["template_day"] == began
 
 
 FAILING = {  # what a template does, and what is said of it
@@ -1200,6 +1209,143 @@ def test_an_error_of_a_library_is_its_first_sentence_in_one_line(message):
 
 
 # ---------------------------------------------------------------------- fingerprint
+
+
+# ---------------------------------------------------------------------- many rows
+
+
+@pytest.fixture
+def many(tmp_path, monkeypatch):
+    """Two processes tokenise even few rows, and keep the ids in a folder of their own."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(cpu, "cores", lambda: 2)
+    return partial(monkeypatch.setattr, data, "MANY")
+
+
+def mixed_rows():
+    """Rows with faults of every kind, notes, and what JSON cannot hold as it is."""
+    rows = good(400)
+    rows[3] = row("x" * 600, "yes", "no")
+    rows[5] = rows[5] | {"tools": ["t"], "source": "here"}
+    rows[150] = row("same", "a", "a")
+    rows[350] = row("half", "a \ud83d", "b")
+    rows[7] |= {"score_chosen": 1.0, "score_rejected": 2.0, "other \ud83d": "text"}
+    rows[9] = row("think", "<think>well</think>yes", "<think>hm</think>no")
+    rows[390] |= {"more": "text"}
+    return rows
+
+
+def everything(pairs):
+    fields = pairs._asdict() | {"triplets": lists(pairs), "rows": [t.row for t in pairs.triplets]}
+    kinds = {a.dtype.name for t in pairs.triplets for a in t[:3]}
+    return fields | {"summary": pairs.summary(), "kinds": kinds}
+
+
+@pytest.mark.parametrize("strip", [False, True])
+def test_many_rows_give_what_one_process_gives_and_are_tokenised_once(
+    strip, many, tmp_path, monkeypatch
+):
+    more, lines = {"strip_thinking": strip, "log": lambda line: lines.append(line)}, []
+    alone = load(tmp_path, mixed_rows(), **more)
+    assert lines == [] and alone.dropped.total() == 4 and len(alone.unread) == 2
+    many(400)
+    first = load(tmp_path, mixed_rows(), **more)
+    monkeypatch.setattr(data, "examine", end_this_process)  # nobody looks at a row again
+    monkeypatch.setattr(cpu, "cores", lambda: 1)
+    second = load(tmp_path, mixed_rows(), **more)
+    assert everything(alone) == everything(first) == everything(second)
+    begun, kept, read = lines
+    assert begun == "tokenising 400 rows in 2 processes"
+    assert re.fullmatch(r"token ids of 400 rows found in \d+ s and kept in (\S+)", kept)
+    assert read == f"token ids of 400 rows read from {kept.split()[-1]}"
+
+
+def test_refusals_are_the_same_with_many_rows(many, tmp_path):
+    rows = good(60) + [row("same", "a", "a")] * 2
+    source = write_lines(tmp_path / "rows.jsonl", rows)
+    alone = error_of(source)
+    many(1)
+    assert error_of(source) == alone and "identical pair in row 60" in alone
+
+
+def test_kept_ids_are_those_of_the_same_rows_tokenizer_template_and_settings(monkeypatch):
+    def key(rows=(1,), tokenizer=None, day="2024-01-05", max_length=64, strip_thinking=False):
+        encoder = ChatEncoder(tokenizer or tiny(), day)
+        settings = dict(max_length=max_length, strip_thinking=strip_thinking)
+        return data.hash_of([*good(3), *rows], encoder, **settings)
+
+    dated = tiny(DATED)
+    keys = [key(), key(rows=[]), key(rows=["\ud83d"]), key(max_length=65), key(strip_thinking=True),
+            key(tokenizer=tiny(merges=(("a", "b"),))), key(tokenizer=tiny(TURNS)),
+            key(tokenizer=dated), key(tokenizer=dated, day="2024-01-06")]  # fmt: skip
+    assert len({*keys}) == len(keys) and key(day="2024-01-06") == key()
+    monkeypatch.setattr(data, "version", lambda name: "another")
+    assert key() != keys[0]
+
+
+def end_this_process(*_, **__):
+    os._exit(1)
+
+
+def test_ids_that_cannot_be_kept_or_found_are_one_line(many, tmp_path, monkeypatch):
+    many(1)
+    monkeypatch.setattr(data, "examine", end_this_process)
+    with pytest.raises(InputError, match="^tokenising, with .*: .*abruptly died"):
+        load(tmp_path, good(4))
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(InputError, match="^tokenising, with .*cache/ganpo .*: .*Not a directory"):
+        load(tmp_path, good(4))
+
+
+def test_a_process_waits_for_another_that_tokenises_the_same_rows_and_says_so(
+    many, tmp_path, monkeypatch
+):
+    many(1)
+    monkeypatch.setattr(data, "hash_of", lambda *_, **__: "key")
+    (tmp_path / "cache" / "ganpo").mkdir(parents=True)
+    with (tmp_path / "cache" / "ganpo" / "key.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        lines = []
+
+        def log(line):
+            lines.append(line)
+            fcntl.flock(other, fcntl.LOCK_UN)
+
+        assert len(load(tmp_path, good(4), log=log).triplets) == 4
+    assert lines[0] == "waiting for another process, which tokenises the same rows"
+    assert len(lines) == 3
+
+
+def slowly(folder, rank):
+    """On every rank a row takes long, and is counted."""
+    import datasets
+
+    look = data.examine
+
+    def examine(row, **more):
+        time.sleep(0.4)
+        with open(folder / "looks", "a") as file:
+            file.write("1\n")
+        return look(row, **more)
+
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    data.MANY, data.examine, cpu.cores = 1, examine, lambda: 2
+
+
+@pytest.mark.slow
+def test_one_rank_tokenises_and_the_others_wait_beyond_the_time_out(tiny_world, tmp_path):
+    alone, _ = run(tiny_world, tmp_path / "1", "--max_steps=1")
+    more = dict(ranks=2, prepare=partial(slowly, tmp_path), log=str(tmp_path / "log"))
+    shared, _ = run(tiny_world, tmp_path / "2", "--max_steps=1", "--timeout=3", **more)
+    close(alone[0], shared[0], 1e-5)
+    assert (tmp_path / "looks").read_text().count("1") == 28  # in 5.6 s
+
+
+# ---------------------------------------------------------------------- fingerprints
 
 
 def test_the_fingerprint_changes_with_one_token_with_the_order_and_with_the_rows(tmp_path):

@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 from datetime import date
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -821,6 +822,77 @@ def outputs(n=12, **changes):
     return make
 
 
+def test_answers_made_elsewhere_are_judged_as_those_of_their_model(exam, tmp_path, capsys):
+    """What their model's own evaluation has, but for what a file does not tell."""
+    baseline = f"--baseline={exam / 'other'}"
+    by_model, scores = examine(exam, tmp_path / "a", baseline)
+    files = [str(tmp_path / f"a/model-T{t}.json") for t in ("0", "0.7")]
+    eval_alpaca.main([
+        "--outputs", *files, "--temperatures", "0", "0.7", baseline, "--max_new_tokens=12",
+        f"--prompts={exam / 'prompts.jsonl'}", f"--out={tmp_path / 'b'}", "--batch_size=5",
+    ])  # fmt: skip
+    unknown = dict(cut_answer=None, cut_prompt=None)
+    assert lines_of(tmp_path / "b" / "scores.jsonl") == [row | unknown for row in scores]
+    by_file = json_of(tmp_path / "b" / "results.json")
+    assert [row.pop("outputs") for row in by_file] == files
+    assert by_file == [row | unknown for row in by_model]
+    printed = capsys.readouterr().out
+    assert "--outputs: not known of these answers, and so null: cut_answer, cut_prompt" in printed
+    assert "not used" not in printed  # the baseline is a model, which writes by these flags
+    assert not [*(tmp_path / "b").glob("model-T*")]  # it wrote no answers
+
+
+def test_outputs_need_no_model_and_name_the_flags_of_writing(exam, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(eval_alpaca, "generate", None)
+    file = tmp_path / "vllm.json"
+    rows = outputs(output="")(exam)
+    file.write_text(json.dumps([row | {"datasplit": "eval"} for row in rows]))
+    eval_alpaca.main([
+        f"--outputs={file}", "--temperatures=0.7", f"--prompts={exam / 'prompts.jsonl'}",
+        "--top_k=5", "--seed=3", "--dtype=float32", "--strip_thinking",
+    ])  # fmt: skip
+    assert "not used with --outputs: --top_k, --seed, --dtype\n" in capsys.readouterr().out
+    (row,) = json_of(tmp_path / "eval-vllm-prompts-mini" / "results.json")
+    assert (row["model"], row["outputs"], row["temperature"]) == ("g", str(file), 0.7)
+    assert (row["empty"], row["cut_answer"], row["win_rate"]) == (1, None, None)
+
+
+def test_outputs_are_compared_by_a_command_for_alpaca_evals_judge(alpaca, tmp_path, capsys):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps([row | {"generator": "m"} for row in read_baseline(alpaca)]))
+    eval_alpaca.main([
+        f"--outputs={file}", "--temperatures=0.7", "--prompts=alpaca_eval", "--judge=gpt4",
+        f"--alpaca_data={alpaca}", f"--out={tmp_path / 'out'}",
+    ])  # fmt: skip
+    printed = capsys.readouterr().out
+    assert f"--model_outputs {file} --output_path {tmp_path}/out/gpt4-T0.7\n" in printed
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--model=m"], "--outputs does not use --model"),
+    (["--samples=2"], "--outputs does not use --samples"),
+    (["--score_discriminators=d.pt"], "--outputs does not use --score_discriminators"),
+    (["--judge=annotations", "--annotations=a.json"], "--judge annotations does not use --outputs"),
+    (["--temperatures", "0", "0.7"], "--outputs has 1 files and --temperatures 2 values"),
+    ([], "--outputs has 1 files and --temperatures 0 values"),
+    (["--outputs", "FILE", "./FILE", "--temperatures", "0", "1"], "--outputs: a file is given tw"),
+    (["--outputs", "nowhere.json", "--temperatures=0"], "nowhere.json: no such file"),
+])  # fmt: skip
+def test_what_contradicts_a_file_of_outputs_is_refused(more, message, exam, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").write_text(json.dumps(outputs()(exam)))
+    argv = ["--outputs=FILE", f"--prompts={exam / 'prompts.jsonl'}", "--out=out", *more]
+    if "annotations" in str(more):
+        argv = ["--outputs=FILE", *more]
+    with pytest.raises(SystemExit, match=f"^eval_alpaca.py: {message}"):
+        eval_alpaca.main(argv)
+    assert not Path("out").exists()
+
+
+def two_generators(folder):
+    return [row | {"generator": "h" * (i % 2)} for i, row in enumerate(outputs()(folder))]
+
+
 def swapped(folder):
     rows = outputs()(folder)
     rows[4], rows[5] = rows[5], rows[4]
@@ -853,6 +925,17 @@ def test_outputs_that_are_not_whole_are_refused_before_anything_is_written(
     file.write_text(json.dumps(rows(exam)))
     with pytest.raises(SystemExit, match=f"^eval_alpaca.py: {re.escape(str(file))}: {message}"):
         examine(exam, tmp_path / "out", f"--baseline={file}")
+    if "empty" not in message:  # which an answer of a model may be
+        argv = [f"--outputs={file}", "--temperatures=0", f"--prompts={exam / 'prompts.jsonl'}"]
+        with pytest.raises(SystemExit, match=f"--outputs {re.escape(str(file))}: {message}"):
+            eval_alpaca.main(argv)
+
+
+def test_outputs_of_several_generators_are_refused(exam, tmp_path):
+    (tmp_path / "o.json").write_text(json.dumps(two_generators(exam)))
+    argv = [f"--outputs={tmp_path / 'o.json'}", "--temperatures=0"]
+    with pytest.raises(SystemExit, match="answers of several generators: , h"):
+        eval_alpaca.main([*argv, f"--prompts={exam / 'prompts.jsonl'}"])
 
 
 def test_bad_input_is_one_line_before_anything_is_written(exam, tiny_world, tmp_path, monkeypatch):
@@ -872,7 +955,7 @@ def test_bad_input_is_one_line_before_anything_is_written(exam, tiny_world, tmp_
     model, at = f"--model={exam / 'model'}", f"--prompts={tmp_path}"
     mini = f"--prompts={exam / 'prompts.jsonl'}"
     for argv, message in (
-        ([mini], "--model is needed"),
+        ([mini], "--model is needed, or --outputs"),
         ([model, "--judge=oracle"], "argument --judge: invalid choice: 'oracle'"),
         ([f"--model={bare}", mini], f"--model {bare}: a model folder without weights"),
         (["--model=./nowhere", mini], "--model ./nowhere: no such folder"),

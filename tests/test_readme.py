@@ -27,7 +27,7 @@ from apo import train_apo
 from data import load_pairs
 from helpers import LN2, ROOT, TESTS, close, flags, rows_of, run, tiny
 from miniature import reproduce, world
-from tools import bench, plots
+from tools import bench, plots, track
 
 PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
 README, DOCS = PAGES[ROOT / "README.md"], ROOT / "docs"
@@ -35,8 +35,10 @@ PROGRAMS = {
     "train_ganpo.py": train_ganpo, "eval_alpaca.py": eval_alpaca, "generate.py": generate,
     "reward_model.py": reward_model, "apo.train_apo": train_apo, "miniature.world": world,
     "miniature.reproduce": reproduce, "tools.bench": bench, "tools.plots": plots,
+    "tools.track": track,
 }  # fmt: skip
 OF_TORCHRUN = "nproc_per_node nnodes rdzv_backend rdzv_endpoint rdzv_id node_rank".split()
+OF_VIEWERS = "logdir project".split()  # tensorboard, trackio
 
 
 def each_page(function):
@@ -161,7 +163,8 @@ def options_of(program, monkeypatch):
 
 def test_every_flag_that_a_page_names_exists(monkeypatch):
     known = {word for p in PROGRAMS.values() for word in options_of(p, monkeypatch)}
-    known |= {f"--{name}" for name in OF_TORCHRUN} | {"--kills"}  # tests/test_reliability.py
+    known |= {f"--{name}" for name in (*OF_TORCHRUN, *OF_VIEWERS)}
+    known |= {"--kills"}  # tests/test_reliability.py
     assert {"--lambda_adv", "--temperatures", "--estimate", "--aligner", "--quick"} <= known
     for page, text in PAGES.items():
         ours = re.sub(r"--vs \"[^\"]*\"|^lm_eval.*", "", text.replace("\\\n", " "), flags=re.M)
