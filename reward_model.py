@@ -269,7 +269,7 @@ def fit(
     for step in range(start, steps):
         order = batch_indices(step, len(triplets), args.batch_size, args.seed)
         loss, accuracy = backward(lm, [triplets[i] for i in order], args, device, pair_loss)
-        norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), args.grad_clip).full_tensor().item()
+        norm = distributed.clip_gradient(lm, args.grad_clip).item()
         if not np.isfinite(loss + norm):
             raise FloatingPointError(f"step {step + 1}: loss {loss}, gradient {norm}")
         lr = args.lr * share(step)

@@ -129,8 +129,8 @@ def read_workload(folder: Path, pairs: int) -> list[Triplet]:
 class Clock:
     """Measures the seconds of each phase of a step.
 
-    A phase that begins within another one stops the other's time. The phase "discriminators" is an
-    exception: everything within it, its backward too, counts to it.
+    A phase that begins within another one stops the other's time. The phases "discriminators" and
+    "reference" are exceptions: everything within them, a backward too, counts to them.
     """
 
     def __init__(self, device: torch.device):
@@ -153,7 +153,8 @@ class Clock:
     def phase(self, name: str) -> Iterator:
         """Adds the time of a `with` block to a phase."""
         self.switch()
-        self.stack.append("discriminators" if self.stack[-1] == "discriminators" else name)
+        within = self.stack[-1]  # with LoRA the reference calls the policy
+        self.stack.append(within if within in ("discriminators", "reference") else name)
         try:
             yield
         finally:
@@ -246,14 +247,15 @@ def model_flops(
 ) -> float:
     """Returns the operations of both models for one token of a packed row.
 
-    The policy's forward counts three times, because backward takes twice as many operations, and
-    the reference's once. Discriminators do not count. recomputed says whether to add the forward
-    that --checkpointing repeats.
+    The policy's forward counts three times, because backward takes twice as many operations (with
+    LoRA as many, for frozen weights have no gradient), and the reference's once. Discriminators do
+    not count. recomputed says whether to add the forward that --checkpointing repeats.
     """
     with run_without_data(args, config, device) as run:
         batch, flops = pack(plans.longest), 0
         again = recomputed and args.checkpointing
-        for lm, times in ((run.policy, 3 + again), (run.ref, 1)):
+        trained = 2 if args.lora_rank else 3
+        for lm, times in ((run.policy, trained + again), (run.ref, 1)):
             if lm is not None:
                 with torch.no_grad(), counting() as counter:
                     lm(batch)
