@@ -315,7 +315,7 @@ def sum_gradients(parameters: Iterable) -> Tensor:
 
 
 def clip_gradient(lm: torch.nn.Module, limit: float) -> Tensor:
-    """Clips the gradient of a sharded policy.PackedLM, the mean over ranks; returns its norm before.
+    """Clips the gradient of a sharded policy.PackedLM, a mean over ranks; returns its norm before.
 
     FSDP2 has made the mean already, but not of LoRA's adapters.
     """

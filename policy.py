@@ -488,14 +488,14 @@ def least_memory(
     shards is the number of ranks that share one copy of the weights. adapters is what
     lora.adapters_of returns: they alone are trained, on every rank. No weight is read. A layer
     keeps, per token, its input with checkpointing, and otherwise about ten vectors of the hidden
-    size and three of the feed-forward network's.
+    size (four beside frozen weights) and three of the feed-forward network's.
     """
     config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
     size = dtype.itemsize
     master = max(4, size)  # the policy's own weights, its gradients and AdamW's two moments
     layer = config.hidden_size
     if not checkpointing:
-        layer = 10 * config.hidden_size + 3 * config.intermediate_size
+        layer = (4 if adapters else 10) * config.hidden_size + 3 * config.intermediate_size
     weights = parameters_of(name)
     parts = {"weights, moments, gradients": 4 * master * weights / shards}
     if adapters:

@@ -96,7 +96,7 @@ def flags() -> Parser:
     add("--disc_steps", type=count, help="paired critic: updates per step [1, for h 5, ours]")
     add = parser.add_argument_group("LoRA, beside frozen weights").add_argument
     add("--lora_rank", type=count, help="of adapters, which alone are trained [all weights are]")
-    add("--lora_alpha", type=positive, help="its adapters are scaled by alpha / rank [2 ranks, ours]")
+    add("--lora_alpha", type=positive, help="the adapters' scale is alpha / rank [2 rank, ours]")
     add("--lora_targets", nargs="+", metavar="NAME", help="q_proj, say [all linear layers]")
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=at_least_0, help="peak [5e-7 Gemma, 1e-6 Llama, App. B; mini 1e-4, ours]")
