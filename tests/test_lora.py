@@ -6,6 +6,10 @@ The oracle writes W + alpha / r * B A into plain models, in float64. The slow te
 peft, in an environment of its own.
 """
 
+import json
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -27,7 +31,9 @@ from helpers import (
     flags,
     furthest,
     json_of,
+    kept_bytes,
     make_model,
+    make_rows,
     naive_forward,
     run,
     slow,
@@ -191,9 +197,9 @@ def test_policy_and_reference_agree_exactly_at_the_start(more, tiny_world, tmp_p
     printed = capsys.readouterr().out
     assert "checked: policy and reference agree before the first step" in printed
     assert (
-        "LoRA: rank 4, alpha 6, 5,568 trained parameters in adapters of down_proj, gate_proj, k_proj,"
-        " o_proj, q_proj, up_proj, v_proj; the reference is the policy without them\n" in printed
-    )
+        "LoRA: rank 4, alpha 6, 5,568 trained parameters in adapters of down_proj, gate_proj,"
+        " k_proj, o_proj, q_proj, up_proj, v_proj; the reference is the policy without them\n"
+    ) in printed
 
 
 @pytest.mark.parametrize("setting", [
@@ -354,3 +360,118 @@ def test_the_least_memory_of_lora_is_a_sum_that_can_be_done_by_hand(tiny_world):
         "reference": 0,
         "graphs": 1000 * 3 * 2 * (4 * 32 + 3 * 48),
     }
+
+
+@pytest.mark.parametrize("family, targets", [("llama", ["down_proj"]), ("phi3", None)])
+def test_the_least_memory_of_lora_is_not_more_than_autograd_keeps(family, targets, tmp_path):
+    """Otherwise a run that fits would be refused. Fewer adapters keep fewer inputs of layers."""
+    name, batch = make_model(tmp_path, family), pack(triplets_for([(20, 30, 25), (10, 40, 35)]))
+    of = adapters(name, targets)
+    least = policy.least_memory(name, None, torch.float32, False, len(batch.ids), 1, of)["graphs"]
+    lm = load_lm(name, torch.float32, adapters=of)
+    assert 0.3 < least / kept_bytes(lm, batch) <= 1
+
+
+# ---------------------------------------------------------------------- peft
+
+
+PEFT = ["peft==0.21.2", "accelerate==1.15.0", "psutil==7.2.2"]
+THERE = """
+import json, sys, torch, peft
+import torch.nn.functional as F
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+asked, found = json.load(sys.stdin), {"version": peft.__version__}
+
+def adapted(world, run, **more):
+    base = AutoModelForCausalLM.from_pretrained(
+        f"{world}/model", dtype=torch.float32, attn_implementation="eager").eval()
+    return PeftModel.from_pretrained(base, f"{world}/{run}/adapter", **more).eval()
+
+def logp(lm, prompt, answer):
+    logits = lm(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum()
+
+def margin(lm, prompt, chosen, rejected):
+    return logp(lm, prompt, chosen) - logp(lm, prompt, rejected)
+
+for world in asked["worlds"]:
+    with torch.no_grad():
+        rows = [adapted(world, "run")(input_ids=torch.tensor([ids])).logits[0, -1].tolist()
+                for ids in asked["texts"]]
+    lm, losses = adapted(world, "start", is_trainable=True), []
+    trained = [p for p in lm.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1.0, weight_decay=0)
+    for lr, batch in asked["steps"]:
+        optimizer.param_groups[0]["lr"] = lr
+        with torch.no_grad(), lm.disable_adapter():
+            reference = torch.stack([margin(lm, *pair) for pair in batch])
+        now = torch.stack([margin(lm, *pair) for pair in batch])
+        loss = F.softplus(-0.1 * (now - reference)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    weights = dict(lm.merge_and_unload().named_parameters())  # tied ones once
+    save_file({k: p.detach() for k, p in weights.items()}, f"{world}/merged.safetensors")
+    found[world] = rows, losses
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def peft(tmp_path_factory):
+    """Runs THERE, with peft and what it needs beside the packages that are there."""
+    folder = tmp_path_factory.mktemp("peft")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder]
+    done = subprocess.run([*pip, *PEFT], capture_output=True, text=True)
+    if not (folder / "peft").is_dir():
+        pytest.skip(f"peft cannot be installed: {done.stderr[-200:]}")
+
+    def there(**asked):
+        done = subprocess.run(
+            [sys.executable, "-c", THERE], input=json.dumps(asked), capture_output=True, text=True,
+            env=os.environ | {"PYTHONPATH": str(folder)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert found["version"] == PEFT[0].partition("==")[2]
+        return found
+
+    return there
+
+
+@pytest.mark.slow
+def test_peft_trains_the_same_and_loads_what_a_run_leaves_behind(peft, tmp_path):
+    """From the same A and B, on the same pairs: each loss, the merged weights, the logits."""
+    worlds, expected = {}, {}
+    texts = [t.prompt.tolist() + t.chosen.tolist() for t in triplets_for(LENGTHS)]
+    for family in ("llama", "gemma2", "phi3", "gemma3"):
+        world = tmp_path / family
+        make_model(world / "model", family)
+        make_rows(world / "train.jsonl", 28)
+        more = (*RANK, "--lambda_adv=0", "--lr=3e-4", "--epochs=2")
+        run(world, world / "start", *more, "--lr=0", "--max_steps=1", family="model")
+        worlds[str(world)] = run(world, world / "run", *more, family="model")
+        lm = AutoModelForCausalLM.from_pretrained(world / "run" / "hf", attn_implementation="eager")
+        with torch.no_grad():
+            logits = [lm(torch.tensor([ids])).logits[0, -1] for ids in texts]
+        expected[str(world)] = torch.stack(logits)
+    data, steps = load_pairs(str(world / "train.jsonl"), "train", tiny(), 64).triplets, []
+    for step in range(6):
+        pairs = [data[i] for i in batch_indices(step, len(data), 8, 0)]
+        pairs = [[ids.tolist() for ids in t[:3]] for t in pairs]
+        steps.append((3e-4 * train_ganpo.schedule(step, 6, 0.1), pairs))
+    found = peft(worlds=[*worlds], steps=steps, texts=texts)
+    for world, (rows, weights) in worlds.items():
+        logits, losses = found[world]
+        torch.testing.assert_close(torch.tensor(logits), expected[world], rtol=1e-5, atol=1e-5)
+        assert losses == pytest.approx([row["loss_opo"] for row in rows], abs=1e-5)
+        merged = load_file(f"{world}/merged.safetensors")
+        merged = {k.replace("language_model.", ""): x for k, x in merged.items()}
+        start = load_file(f"{world}/start/hf/model.safetensors")
+        assert furthest(weights, {k: merged[k] for k in weights}) < 1e-5
+        assert furthest(weights, start) > 5e-4
