@@ -154,15 +154,11 @@ def merged(weights: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     """Returns a model's weights by name with its adapters merged, W + scale * B A.
 
     All are in the precision of the adapters, in which a change is not rounded away. scale is that
-    of Adapters.
+    of Adapters. To save memory it takes all but the adapters out of `weights`.
     """
-    of_adapters = {name: x for name, x in weights.items() if ".lora_" in name}
-    dtype = next(iter(of_adapters.values())).dtype
-    plain = {name: x.to(dtype) for name, x in weights.items() if name not in of_adapters}
-    for name, b in of_adapters.items():
-        if name.endswith(".lora_B"):
-            layer = name.removesuffix("lora_B")
-            plain[f"{layer}weight"] = (
-                plain[f"{layer}weight"] + scale * b @ weights[f"{layer}lora_A"]
-            )
+    dtype = next(x.dtype for name, x in weights.items() if ".lora_" in name)
+    plain = {name: weights.pop(name).to(dtype) for name in [*weights] if ".lora_" not in name}
+    for layer in [name.removesuffix("lora_A") for name in weights if name.endswith(".lora_A")]:
+        change = weights[f"{layer}lora_B"] @ weights[f"{layer}lora_A"]
+        plain[f"{layer}weight"] = plain[f"{layer}weight"] + scale * change
     return plain

@@ -387,14 +387,13 @@ def build(args, config: PretrainedConfig, device: torch.device) -> SimpleNamespa
     mesh = distributed.make_mesh(device, args.timeout)
     master = torch.promote_types(dtype, torch.float32)  # bf16 would round updates of 5e-7 away
 
-    adapters = lora.adapters_of(args)
+    adapters, own = lora.adapters_of(args), dtype if args.lora_rank else master
 
     def load(flag, name, *settings, **more):
         kind = attention.choose(args.attention, AutoConfig.from_pretrained(name), device, dtype)
         loader = partial(load_lm, name, *settings, attention_kind=kind, **more)
         return distributed.load_sharded(loader, mesh, device, dtype, f"{flag} {name}:")
 
-    own = dtype if adapters else master  # frozen weights are not updated
     run.policy = load("--model", args.model, own, args.checkpointing, adapters=adapters)
     trained = [p for p in run.policy.parameters() if p.requires_grad]
     assert {p.dtype for p in trained} == {master}

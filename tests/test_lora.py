@@ -187,7 +187,7 @@ def test_the_base_is_read_once_stays_in_bfloat16_and_adapters_alone_train_in_flo
 
 
 @pytest.mark.parametrize("more", [
-    (), ("--critic=mlp",), ("--critic=mse",), ("--critic=paired",), ("--loss=simpo",),
+    (), slow(["--critic=mlp"]), slow(["--critic=mse"]), ["--critic=paired"], ["--loss=simpo"],
 ])  # fmt: skip
 def test_policy_and_reference_agree_exactly_at_the_start(more, tiny_world, tmp_path, capsys):
     first, *_, last = run(tiny_world, tmp_path / "r", *RANK, *more)[0]

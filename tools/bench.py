@@ -44,6 +44,7 @@ from transformers import (
     Gemma2Config,
     LlamaConfig,
     PretrainedConfig,
+    Qwen3Config,
 )
 
 import distributed
@@ -72,6 +73,12 @@ SHAPES = {  # of --shape: a transformers config, and lengths
         Gemma2Config(
             vocab_size=256000, hidden_size=2304, num_hidden_layers=26, num_attention_heads=8,
             num_key_value_heads=4, head_dim=256, intermediate_size=9216,
+        ), LONG,
+    ),
+    "qwen3-0.6b": (
+        Qwen3Config(
+            vocab_size=151936, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16,
+            num_key_value_heads=8, head_dim=128, intermediate_size=3072, tie_word_embeddings=True,
         ), LONG,
     ),
     "llama3-8b": (
