@@ -115,7 +115,7 @@ def test_three_steps_equal_a_naive_lora(tiny_world, tmp_path):
         assert torch.equal(weights[name], p.detach()) == (name not in merged), name
 
 
-@pytest.mark.parametrize("loss", ["dpo", "simpo"])
+@pytest.mark.parametrize("loss", ["dpo", slow("simpo")])
 def test_lambda_0_is_the_plain_loss_bit_for_bit_beside_a_second_model(loss, tiny_world, tmp_path):
     """What the reference gives is to the last bit what another copy of the model gives."""
     rows, weights = run(tiny_world, tmp_path / "r", f"--loss={loss}", "--lambda_adv=0", *RANK)
@@ -187,7 +187,7 @@ def test_the_base_is_read_once_stays_in_bfloat16_and_adapters_alone_train_in_flo
 
 
 @pytest.mark.parametrize("more", [
-    (), slow(["--critic=mlp"]), slow(["--critic=mse"]), ["--critic=paired"], ["--loss=simpo"],
+    slow(()), slow(["--critic=mlp"]), slow(["--critic=mse"]), ["--critic=paired"], ["--loss=simpo"],
 ])  # fmt: skip
 def test_policy_and_reference_agree_exactly_at_the_start(more, tiny_world, tmp_path, capsys):
     first, *_, last = run(tiny_world, tmp_path / "r", *RANK, *more)[0]
