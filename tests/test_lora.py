@@ -203,7 +203,7 @@ def test_policy_and_reference_agree_exactly_at_the_start(more, tiny_world, tmp_p
 
 
 @pytest.mark.parametrize("setting", [
-    (), slow("--loss=simpo"), slow("--mean=batch"), slow("--critic=mse"), slow("--critic=mlp"),
+    (), slow("--loss=simpo"), slow("--critic=mse"), slow("--critic=mlp"),
     slow("--critic=paired"), slow("--lambda_adv=0"),
 ])  # fmt: skip
 def test_results_do_not_depend_on_micro_batches_ranks_or_checkpointing(
