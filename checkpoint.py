@@ -2,6 +2,7 @@
 
     OUT_DIR/state/step-000040/   policy, optimisers, critics and random generators as safetensors
     OUT_DIR/hf/                  the policy as a Hugging Face folder, with tokenizer and template
+    OUT_DIR/adapter/             with LoRA, its adapters as peft reads them; in hf/ they are merged
     OUT_DIR/discriminators.pt    both critics with their running means, and how to build them
 
 A state is written under another name, synced to the disk and then renamed. It counts only with its
@@ -36,6 +37,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+import lora
 import paired  # noqa: F401  it registers its critic, so that build_discriminator knows it
 from data import ChatEncoder, InputError, input_error_for
 from discriminator import build_discriminator
@@ -128,10 +130,12 @@ def open_run(out_dir: Path, config: dict, start: int, last: int, final_table: bo
     if all is done. final_table says whether the run ends with a final.csv.
     """
     exports = [out_dir / "hf"] + [out_dir / "final.csv"] * final_table
+    exports += [out_dir / "adapter"] * bool(config.get("lora_rank"))
     if start >= last and all(path.exists() for path in exports):
         return False
     if start < last:  # exports of an earlier end, by --stop_after, are out of date
-        shutil.rmtree(out_dir / "hf", ignore_errors=True)
+        for name in ("hf", "adapter"):
+            shutil.rmtree(out_dir / name, ignore_errors=True)
         for name in ("discriminators.pt", "final.csv"):
             (out_dir / name).unlink(missing_ok=True)
     write_synced(out_dir / "config.json", json.dumps(config, indent=1) + "\n")
@@ -141,7 +145,7 @@ def open_run(out_dir: Path, config: dict, start: int, last: int, final_table: bo
 def room_needed(trained: Trained, keep: int, out_dir: Path) -> int:
     """Returns the bytes still to be written: `keep` + 1 states less those there, and the export."""
     there = len(list(Path(out_dir, "state").glob("step-*")))
-    export = sum(p.numel() * p.element_size() for p in trained.policy.parameters())
+    export = sum(p.numel() * max(4, p.element_size()) for p in trained.policy.parameters())
     return max(1, keep + 1 - there) * state_bytes(trained) + export
 
 
@@ -264,6 +268,8 @@ def state_tensors(trained: Trained) -> dict[str, torch.Tensor]:
             if isinstance(part, FSDPModule):
                 part.reshard()
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if getattr(module, "adapters", None) and ".lora_" not in name:
+                continue  # frozen, and known by the fingerprint of --model
             tensors[f"{prefix}.{name}"] = tensor.detach()
             for key, value in optimizer.state.get(tensor, {}).items():
                 tensors[f"{prefix}.{name}.{key}"] = value
@@ -294,8 +300,9 @@ def file_numbers(tensors: dict, ranks: int) -> dict[str, int]:
 def state_bytes(trained: Trained) -> int:
     """Returns the bytes of one state over all ranks: weights and AdamW's two moments; the rest is
     small."""
-    modules = [m for m in (trained.policy, trained.critics) if m is not None]
-    return 3 * sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
+    modules = [trained.policy.adapters or trained.policy, trained.critics]
+    weights = [p for m in modules if m is not None for p in m.parameters()]
+    return 3 * sum(p.numel() * p.element_size() for p in weights)
 
 
 def save_state(out_dir: Path, step: int, keep: int, trained: Trained):
@@ -449,6 +456,7 @@ def load_state(out_dir: Path, manifest: dict, trained: Trained):
 def export_policy(policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path):
     """Writes the policy as a Hugging Face folder in its own precision.
 
+    With LoRA the adapters are merged, in float32, and a folder `adapter` beside it has them alone.
     A model that is loaded from it gives identical logits, and generates with the settings that the
     policy was loaded with; the template's end of turn is among its stops. The folder appears whole
     or not at all.
@@ -459,6 +467,9 @@ def export_policy(policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, f
         if dist.get_rank() == 0:
             weights[name] = value.cpu()
     if dist.get_rank() == 0:
+        if policy.adapters:
+            weights = lora.merged(weights, policy.adapters.scale)
+            policy.adapters.save(folder.with_name("adapter"))
         with torch.device("meta"):  # a sharded model cannot save_pretrained; this one saves for it
             shell = type(policy.model)(policy.model.config)
         for tied, source in shell.all_tied_weights_keys.items():  # gathered twice, stored once

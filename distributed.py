@@ -241,14 +241,16 @@ def shard(lm: torch.nn.Module, mesh: DeviceMesh, dtype: torch.dtype):
 
     Each layer is a group; the rest, with embedding and head (which may be tied), is in the root's
     group. With bfloat16 as the precision of compute the weights stay as they are, and gradients are
-    summed in float32. In backward each group fetches the weights of the next one while it computes.
+    summed in float32. LoRA's adapters stay whole (clip_gradient sums their gradients). In backward
+    each group fetches the weights of the next one while it computes.
     """
     mixed = MixedPrecisionPolicy()
     if dtype == torch.bfloat16:  # what a layer is given stays as it is: OLMo's angles are float32
         mixed = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     layers = lm.model.base_model.layers
+    whole = {*lm.adapters.parameters()} if lm.adapters else None
     for module in (*layers, lm):
-        fully_shard(module, mesh=mesh, mp_policy=mixed)
+        fully_shard(module, mesh=mesh, mp_policy=mixed, ignored_params=whole)
     # FSDP2 itself does so only in the first backward after several forwards
     for module, following in zip([*layers[1:], lm], layers, strict=True):
         module.set_modules_to_backward_prefetch([following])
@@ -319,6 +321,19 @@ def sum_gradients(parameters: Iterable) -> Tensor:
     for g, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
         g.copy_(total.view_as(g))
     return flat.norm()
+
+
+def clip_gradient(lm: torch.nn.Module, limit: float) -> Tensor:
+    """Clips the gradient of a sharded policy.PackedLM, a mean over ranks; returns its norm before.
+
+    FSDP2 has made the mean already, but not of LoRA's adapters.
+    """
+    if lm.adapters:
+        sum_gradients(lm.adapters.parameters())
+        for p in lm.adapters.parameters():
+            p.grad /= dist.get_world_size()
+    norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), limit)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def assert_equal_on_ranks(module: torch.nn.Module):

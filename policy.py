@@ -70,6 +70,7 @@ class PackedLM(nn.Module):
 
     auto, settings = AutoModelForCausalLM, {}  # the class that load_lm builds, and its arguments
     new, unused = (), ()  # what load_weights allows
+    adapters = None  # with LoRA, a lora.Adapters
 
     def __init__(self, model, attention_kind: str = "loop"):
         super().__init__()
@@ -497,12 +498,14 @@ def load_lm(
     attention_kind: str = "loop",
     shell: str | None = None,
     wrapper: type[PackedLM] = PackedLM,
+    adapters: Callable | None = None,
 ) -> PackedLM:
     """Returns a model of a folder or Hub id, wrapped for packed rows, without dropout.
 
     dtype is that of the weights. With checkpointing each layer keeps only its input and is computed
     again in backward. shell is a device such as "meta": the same module is then made there without
     its weights being read. wrapper is PackedLM or a subclass.
+    adapters is called with the result: what lora.adapters_of returns.
     """
     settings = dict(attn_implementation=attention.NAME, dtype=dtype)
     if shell is None:
@@ -521,7 +524,10 @@ def load_lm(
             layer.forward = functools.partial(
                 checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
             )
-    return wrapper(model, attention_kind)
+    lm = wrapper(model, attention_kind)
+    if adapters:
+        adapters(lm)
+    return lm
 
 
 # ---------------------------------------------------------------------- memory by arithmetic
@@ -534,32 +540,42 @@ def least_memory(
     checkpointing: bool,
     kept_tokens: int,
     shards: int,
+    adapters: Callable | None = None,
 ) -> dict[str, float]:
     """Returns a lower bound of one rank's memory in a step: a dict of part to bytes.
 
     name is the policy's folder or Hub id, ref_name the reference's or None. dtype is the precision
     of compute. kept_tokens is the number of tokens whose graphs are alive at once on one rank.
-    shards is the number of ranks that share one copy of the weights. No weight is read. A layer
+    shards is the number of ranks that share one copy of the weights. adapters is what
+    lora.adapters_of returns: they alone are trained, on every rank. No weight is read. A layer
     keeps, per token, its input with checkpointing, and otherwise about ten vectors of the hidden
-    size and three of the feed-forward network's.
+    size (four beside frozen weights) and three of the feed-forward network's.
     """
     config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
     size = dtype.itemsize
     master = max(4, size)  # the policy's own weights, its gradients and AdamW's two moments
     layer = config.hidden_size
     if not checkpointing:
-        layer = 10 * config.hidden_size + 3 * config.intermediate_size
-    return {
-        "weights, moments, gradients": 4 * master * parameters_of(name) / shards,
-        "reference": size * parameters_of(ref_name) / shards if ref_name else 0,
+        layer = (4 if adapters else 10) * config.hidden_size + 3 * config.intermediate_size
+    weights = parameters_of(name)
+    parts = {"weights, moments, gradients": 4 * master * weights / shards}
+    if adapters:
+        trained = parameters_of(name, adapters) - weights
+        parts = {
+            "frozen weights": size * weights / shards,
+            "adapters, moments, gradients": 4 * master * trained,
+        }
+    return parts | {
+        "reference": size * parameters_of(ref_name) / shards if ref_name and not adapters else 0,
         "graphs": kept_tokens * config.num_hidden_layers * size * layer,
     }
 
 
-def parameters_of(name: str) -> int:
-    """Returns the number of parameters of a folder or Hub id; tied ones count once."""
+def parameters_of(name: str, adapters: Callable | None = None) -> int:
+    """Returns the number of parameters of a folder or Hub id, with those of adapters; tied ones
+    count once."""
     with input_error_for(name):
-        lm = load_lm(name, torch.float32, shell="meta")
+        lm = load_lm(name, torch.float32, shell="meta", adapters=adapters)
     return sum(p.numel() for p in lm.parameters())
 
 

@@ -275,7 +275,10 @@ def print_header(
         print0(f"held out: {held_out.summary()}")
     modules = {"policy": run.policy, "ref": run.ref, "critics": run.critics}
     sizes = {k: sum(p.numel() for p in m.parameters()) for k, m in modules.items() if m is not None}
-    print0("parameters: " + ", ".join(f"{name} {n:,}" for name, n in sizes.items()))
+    print0("parameters: " + ", ".join(f"{name} {n:,}" for name, n in sizes.items() if n))
+    if run.policy.adapters:
+        note = "; the reference is the policy without them" if run.ref else ""
+        print0(f"LoRA: {run.policy.adapters}{note}")
     print0(neutral_values(args))
     t = data.triplets[0]
     for name, ids in (("chosen", t.chosen), ("rejected", t.rejected)):

@@ -271,9 +271,7 @@ def fit(
         for step in range(start, steps):
             order = batch_indices(step, len(triplets), args.batch_size, args.seed)
             loss, accuracy = backward(lm, [triplets[i] for i in order], args, device, pair_loss)
-            norm = (
-                torch.nn.utils.clip_grad_norm_(lm.parameters(), args.grad_clip).full_tensor().item()
-            )
+            norm = distributed.clip_gradient(lm, args.grad_clip).item()
             if not np.isfinite(loss + norm):
                 raise FloatingPointError(f"step {step + 1}: loss {loss}, gradient {norm}")
             lr = args.lr * share(step)
@@ -290,11 +288,9 @@ def fit(
                 table.sync()
                 save_state(out_dir, done, args.keep, trained)
             if stopping and done < steps:
-                kept = (
-                    "--resume goes on from there"
-                    if args.save_every
-                    else "no --save_every: no state"
-                )
+                kept = "no --save_every: no state"
+                if args.save_every:
+                    kept = "--resume goes on from there"
                 raise InputError(f"stopped by a signal after step {done}; {kept}")
 
 

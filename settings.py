@@ -98,6 +98,10 @@ def flags() -> Parser:
     add("--critic_input", choices=["h", "diff"], default="diff",
         help="paired critic: h or h - h_ref [diff, ours]")
     add("--disc_steps", type=count, help="paired critic: updates per step [1, for h 5, ours]")
+    add = parser.add_argument_group("LoRA, beside frozen weights").add_argument
+    add("--lora_rank", type=count, help="of adapters, which alone are trained [all weights are]")
+    add("--lora_alpha", type=positive, help="the adapters' scale is alpha / rank [2 rank, ours]")
+    add("--lora_targets", nargs="+", metavar="NAME", help="q_proj, say [all linear layers]")
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=at_least_0, help="peak [5e-7 Gemma, 1e-6 Llama, App. B; mini 1e-4, ours]")
     add("--warmup", type=fraction, default=0.1, help="share of steps, then cosine [0.1, App. B]")
@@ -212,7 +216,14 @@ def parse_args(argv: list[str]):
     refuse_useless(args, given_flags(argv))
     if args.disc_steps is None:
         args.disc_steps = 5 if args.critic == "paired" and args.critic_input == "h" else 1
+    if args.lora_rank and args.ref_model not in (None, args.model):
+        raise InputError(
+            f"--ref_model {args.ref_model}: with --lora_rank the reference is --model itself, its"
+            " adapters off; leave --ref_model out, or train without --lora_rank"
+        )
     args.ref_model = args.ref_model or args.model
+    if args.lora_rank and args.lora_alpha is None:
+        args.lora_alpha = 2.0 * args.lora_rank
     if args.beta is None:
         own = OPO_LOSSES[args.loss].defaults.get("beta", 0.1)  # without one, for the log's rewards
         args.beta = preset["simpo_beta"] if args.loss == "simpo" else own
@@ -240,6 +251,9 @@ def refuse_useless(args, given: set[str]):
     for name in useless:
         if name in given:
             raise InputError(f"--critic {args.critic} does not use --{name}")
+    for name in ("lora_alpha", "lora_targets"):
+        if name in given and not args.lora_rank:
+            raise InputError(f"--{name} needs --lora_rank")
     if args.mean == "batch" and "ema_decay" in given:
         raise InputError("--mean batch does not use --ema_decay")
     if "gamma_beta_ratio" in given and "gamma_beta_ratio" not in OPO_LOSSES[args.loss].defaults:

@@ -39,6 +39,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 import attention
 import distributed
+import lora
 import paired
 import report
 from checkpoint import (
@@ -135,8 +136,7 @@ def train_step(run, batches: Iterable[Packed], step: int) -> dict[str, float]:
         backward(run, loss_opo, loss_adv)
 
     # line 24: the policy's update
-    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), args.grad_clip)
-    of_batch["grad_norm"] = norm.full_tensor()
+    of_batch["grad_norm"] = distributed.clip_gradient(run.policy, args.grad_clip)
     metrics = report.step_metrics(of_pairs, of_batch, args, step)  # raises if one is not finite
     run.optimizer.step()
     run.optimizer.zero_grad()
@@ -328,6 +328,7 @@ def check_input(args, device: torch.device):
     config = read_model_config(args.model, args.max_length)
     ref_config = read_model_config(args.ref_model, args.max_length, "--ref_model")
     tokenizer = read_tokenizer(args.model, args.chat_template)
+    lora.check(args)
     for c in (config, ref_config):
         attention.choose(args.attention, c, device, DTYPES[args.dtype])
     if needs_reference(args) and config.hidden_size != ref_config.hidden_size:
@@ -373,6 +374,7 @@ def plan(args, data: PreferenceData, device: torch.device) -> Survey:
         args.checkpointing,
         kept_tokens=sum(map(tokens_in, alive)),
         shards=distributed.sharing_ranks(),
+        adapters=lora.adapters_of(args),
     )
     print0(memory_line(needed))
     refuse_what_cannot_fit(needed, distributed.available_memory(device))
@@ -385,7 +387,7 @@ def build(args, config: PretrainedConfig, device: torch.device) -> SimpleNamespa
     Returns `run`, which the functions of this file share:
 
     args, device, rank and ranks (their number); train adds max_steps and signals
-    policy, ref         policy.PackedLM, sharded; ref may be None
+    policy, ref         policy.PackedLM, sharded; ref may be None, or with LoRA lora.Reference
     critics             ModuleDict of disc_pos and disc_neg, or None
     optimizer, critic_optimizer, and trained, which holds all that a state saves
     opo_loss            the preference loss as a function of LogProbs
@@ -399,19 +401,21 @@ def build(args, config: PretrainedConfig, device: torch.device) -> SimpleNamespa
     mesh = distributed.make_mesh(device, args.timeout)
     master = torch.promote_types(dtype, torch.float32)  # bf16 would round updates of 5e-7 away
 
-    def load(flag, name, *settings):
+    adapters, own = lora.adapters_of(args), dtype if args.lora_rank else master
+
+    def load(flag, name, *settings, **more):
         kind = attention.choose(args.attention, AutoConfig.from_pretrained(name), device, dtype)
-        loader = partial(load_lm, name, *settings, attention_kind=kind)
+        loader = partial(load_lm, name, *settings, attention_kind=kind, **more)
         return distributed.load_sharded(loader, mesh, device, dtype, f"{flag} {name}:")
 
-    run.policy = load("--model", args.model, master, args.checkpointing)
-    assert {p.dtype for p in run.policy.parameters()} == {master}
-    run.optimizer = torch.optim.AdamW(
-        run.policy.parameters(), args.lr, (0.9, 0.999), weight_decay=0.0, fused=True
-    )
+    run.policy = load("--model", args.model, own, args.checkpointing, adapters=adapters)
+    trained = [p for p in run.policy.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {master}
+    run.optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.999), weight_decay=0.0, fused=True)
     run.ref = run.critic_optimizer = None
     if needs_reference(args):
-        run.ref = load("--ref_model", args.ref_model, dtype).requires_grad_(False)
+        run.ref = lora.reference(run.policy) or load("--ref_model", args.ref_model, dtype)
+        run.ref.requires_grad_(False)
     run.critics = build_critics(args, config.hidden_size)
     if run.critics:
         run.critics.to(device, master)

@@ -295,6 +295,22 @@ def furthest(a, b):
     return max((a[k].double() - b[k].double()).abs().max().item() for k in a)
 
 
+def kept_bytes(lm, batch):
+    """What autograd keeps for backward, each storage once, without the model's own weights."""
+    kept = {}
+
+    def note(x):
+        kept[x.untyped_storage()._cdata] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = lm(batch)
+    note(out.h)
+    for p in lm.parameters():
+        kept.pop(p.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
 # ---------------------------------------------------------------------- naive oracles
 
 

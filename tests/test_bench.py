@@ -4,6 +4,7 @@ python -m pytest -q tests/test_bench.py -m "not slow"
 """
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoConfig
 
 import attention
+import lora
 import settings
 import train_ganpo
 from data import load_pairs
@@ -147,7 +149,10 @@ def test_bench_refuses_what_it_cannot_measure(workload, tmp_path):
 # ---------------------------------------------------------------------- the estimate of memory
 
 
-SETTINGS = [(), ("--checkpointing",), ("--lambda_adv=0",), ("--critic=mse",), ("--critic=paired",)]
+SETTINGS = [
+    (), ("--checkpointing",), ("--lambda_adv=0",), ("--critic=mse",), ("--critic=paired",),
+    ("--lora_rank=4",),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("more", SETTINGS, ids=" ".join)
@@ -163,8 +168,9 @@ def test_the_estimate_of_graphs_is_what_autograd_keeps(more, tiny_world, tmp_pat
     run = SimpleNamespace(args=args, critics=build_critics(args, config.hidden_size))
     run.opo_loss, run.of_rewards = with_settings(args.loss, vars(args)), (True, args.beta)
     run.autocast = autocast_of(CPU, torch.float32)
-    run.policy = load_lm(args.model, torch.float32, args.checkpointing)
-    run.ref = load_lm(args.model, torch.float32).requires_grad_(False)
+    adapters, load = lora.adapters_of(args), partial(load_lm, args.model, torch.float32)
+    run.policy = load(args.checkpointing, adapters=adapters)
+    run.ref = lora.reference(run.policy) or load().requires_grad_(False)
     forwards = plans.heaviest if run.critics else [plans.longest]
     kept = []
     for pairs in forwards:
@@ -172,9 +178,10 @@ def test_the_estimate_of_graphs_is_what_autograd_keeps(more, tiny_world, tmp_pat
         if run.critics:
             run.critics.requires_grad_(True)
     assert parts["graphs"] == pytest.approx(sum(kept), rel=0.1)
-    weights = sum(p.numel() for p in run.policy.parameters())
-    assert parts["reference"] == 4 * weights
-    assert parts["weights, moments, gradients"] == 16 * weights
+    sizes = [p.numel() for p in run.policy.parameters() if p.requires_grad]
+    assert parts["reference"] == (0 if adapters else 4 * sum(sizes))
+    of = "adapters" if adapters else "weights"
+    assert parts[f"{of}, moments, gradients"] == 16 * sum(sizes)
 
 
 def test_a_step_that_reads_a_tensors_value_is_measured_without_an_estimate(

@@ -44,6 +44,7 @@ from helpers import (
     command,
     flags,
     json_of,
+    kept_bytes,
     launch,
     make_model,
     naive_forward,
@@ -694,22 +695,6 @@ def test_the_least_memory_is_a_sum_that_can_be_done_by_hand(family, tiny_world):
         "reference": 0,
         "graphs": 1000 * 3 * 8 * 32,
     }
-
-
-def kept_bytes(lm, batch):
-    """What autograd keeps for backward, each storage once, without the model's own weights."""
-    kept = {}
-
-    def note(x):
-        kept[x.untyped_storage()._cdata] = x.untyped_storage()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        out = lm(batch)
-    note(out.h)
-    for p in lm.parameters():
-        kept.pop(p.untyped_storage()._cdata, None)
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

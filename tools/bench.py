@@ -44,6 +44,7 @@ from transformers import (
     Gemma2Config,
     LlamaConfig,
     PretrainedConfig,
+    Qwen3Config,
 )
 
 import distributed
@@ -72,6 +73,12 @@ SHAPES = {  # of --shape: a transformers config, and lengths
         Gemma2Config(
             vocab_size=256000, hidden_size=2304, num_hidden_layers=26, num_attention_heads=8,
             num_key_value_heads=4, head_dim=256, intermediate_size=9216,
+        ), LONG,
+    ),
+    "qwen3-0.6b": (
+        Qwen3Config(
+            vocab_size=151936, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16,
+            num_key_value_heads=8, head_dim=128, intermediate_size=3072, tie_word_embeddings=True,
         ), LONG,
     ),
     "llama3-8b": (
@@ -129,8 +136,8 @@ def read_workload(folder: Path, pairs: int) -> list[Triplet]:
 class Clock:
     """Measures the seconds of each phase of a step.
 
-    A phase that begins within another one stops the other's time. The phase "discriminators" is an
-    exception: everything within it, its backward too, counts to it.
+    A phase that begins within another one stops the other's time. The phases "discriminators" and
+    "reference" are exceptions: everything within them, a backward too, counts to them.
     """
 
     def __init__(self, device: torch.device):
@@ -153,7 +160,8 @@ class Clock:
     def phase(self, name: str) -> Iterator:
         """Adds the time of a `with` block to a phase."""
         self.switch()
-        self.stack.append("discriminators" if self.stack[-1] == "discriminators" else name)
+        within = self.stack[-1]  # with LoRA the reference calls the policy
+        self.stack.append(within if within in ("discriminators", "reference") else name)
         try:
             yield
         finally:
@@ -246,14 +254,15 @@ def model_flops(
 ) -> float:
     """Returns the operations of both models for one token of a packed row.
 
-    The policy's forward counts three times, because backward takes twice as many operations, and
-    the reference's once. Discriminators do not count. recomputed says whether to add the forward
-    that --checkpointing repeats.
+    The policy's forward counts three times, because backward takes twice as many operations (with
+    LoRA as many, for frozen weights have no gradient), and the reference's once. Discriminators do
+    not count. recomputed says whether to add the forward that --checkpointing repeats.
     """
     with run_without_data(args, config, device) as run:
         batch, flops = pack(plans.longest), 0
         again = recomputed and args.checkpointing
-        for lm, times in ((run.policy, 3 + again), (run.ref, 1)):
+        trained = 2 if args.lora_rank else 3
+        for lm, times in ((run.policy, trained + again), (run.ref, 1)):
             if lm is not None:
                 with torch.no_grad(), counting() as counter:
                     lm(batch)

@@ -24,6 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PretrainedConfig
 
 import attention
+import lora
 import paired
 import train_ganpo
 from data import InputError
@@ -53,9 +54,10 @@ def run_without_data(args, config: PretrainedConfig, device: torch.device) -> It
     run.autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=bfloat16)
     with FakeTensorMode(allow_non_fake_inputs=True):
         load = partial(load_lm, dtype=dtype, shell="cpu")
-        run.policy = load(args.model, checkpointing=args.checkpointing)
+        adapters = lora.adapters_of(args)
+        run.policy = load(args.model, checkpointing=args.checkpointing, adapters=adapters)
         if needs_reference(args):
-            run.ref = load(args.ref_model).requires_grad_(False)
+            run.ref = lora.reference(run.policy) or load(args.ref_model).requires_grad_(False)
         yield run
 
 
@@ -71,7 +73,8 @@ def estimated_memory(
     """
     dtype = DTYPES[args.dtype]
     ref_model = args.ref_model if needs_reference(args) else None
-    parts = least_memory(args.model, ref_model, dtype, args.checkpointing, 0, shards)
+    adapters = lora.adapters_of(args)
+    parts = least_memory(args.model, ref_model, dtype, args.checkpointing, 0, shards, adapters)
     kind = attention.choose(args.attention, config, device, dtype)
     with run_without_data(args, config, device) as run:
         if kind == "flex":
@@ -87,7 +90,9 @@ def estimated_memory(
                 "no estimate of memory: the loss or a critic reads a tensor's value, as .item() or"
                 f" x[mask] does ({error.func})"
             ) from None
-    lm, models = run.policy.model, 2 if run.ref else 1
+    # copies of embedding and head, and of a layer, and with them the gradients
+    copies, in_use = (1, 2) if adapters else (3 if run.ref else 2, 3)
+    lm = run.policy.model
     weights, layers = (
         sum(p.numel() for p in module.parameters()) for module in (lm, lm.base_model.layers)
     )
@@ -100,9 +105,10 @@ def estimated_memory(
         "graphs": kept / tokens_in(sample) * sum(map(tokens_in, forwards)),
         "critics": 4 * max(4, size) * critics,
         # The embedding and head of each model stay whole during a step, the policy's with a
-        # gradient. Of the layers, the one in use and the next are whole.
-        "unsharded": (models + 1) * size * (weights - layers)
-        + 3 * size * layers / len(lm.base_model.layers),
+        # gradient. Of the layers, the one in use and the next are whole. LoRA has one model, and
+        # no gradient of its weights.
+        "unsharded": copies * size * (weights - layers)
+        + in_use * size * layers / len(lm.base_model.layers),
         # A chunk's logits and their gradient. Unless fused, their softmax too, and in bfloat16 the
         # logits and the gradient in float32 once more.
         "logits": rows * vocabulary * (4 if fused else {2: 16, 4: 12, 8: 24}[size]),
