@@ -1044,7 +1044,8 @@ def test_tools_ifeval_prints_accuracies_with_their_errors_over_prompts(
         {"instruction": row["prompt"], "output": text}
         for row, text in zip(CHECKED, CHECKED_TEXTS, strict=True)
     ]
-    file, prompts = tmp_path / "a.json", write_lines(tmp_path / "p.jsonl", CHECKED)
+    file, prompts = tmp_path / "a.json", tmp_path / "p.jsonl"
+    write_lines(prompts, CHECKED)
     file.write_text(json.dumps(answers[::-1]))
     ifeval.main([str(file), str(prompts)])
     printed = capsys.readouterr().out
@@ -1096,8 +1097,10 @@ IFEVAL = SHARED / "ifeval" / "ifeval_prompts.jsonl"
 def test_lm_eval_s_checks_judge_in_an_environment_of_their_own(tmp_path):
     """Answers that no check passes, those that echo the prompt, and one that passes for sure."""
     python = tmp_path / "env" / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
-    pip = [python, "-m", "pip", "install", "-q", "lm_eval[ifeval]==0.4.13"]
+    make = [sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"]
+    subprocess.run(make, check=True)
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-compile"]
+    pip.append("lm_eval[ifeval]==0.4.13")
     done = subprocess.run(pip, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"lm_eval cannot be installed: {done.stderr[-200:]}")
