@@ -334,7 +334,8 @@ class Writer:
             rows += more
             distributed.from_rank_0(partial(append, path, more), "--out")
             if len(rows) == n or time.monotonic() - reported > 10:
-                print0(f"{name}, T {temperature:g}: {len(rows):,} of {n:,} answers")
+                done = f"{len(rows):,} of {n:,} answers, {self.args.dtype}"
+                print0(f"{name}, T {temperature:g}: {done}")
                 reported = time.monotonic()
         answers = [Answer(row["text"], row["tokens"], row["ended"]) for row in rows]
         answers = [answers[i : i + samples] for i in range(0, len(answers), samples)]

@@ -1079,11 +1079,12 @@ def test_ifeval_without_lm_eval_writes_the_answers_and_says_where_they_are_score
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     rows = [row | {"prompt": f"Say {row['prompt']}."} for row in CHECKED]
     prompts, out = write_lines(tmp_path / "p.jsonl", rows), tmp_path / "out"
-    (row, _), _ = examine(exam, out, f"--prompts={prompts}", "--judge=ifeval")
+    more = f"--prompts={prompts}", "--judge=ifeval", "--dtype=bfloat16"
+    (row, _), _ = examine(exam, out, *more)
     command = f"python -m tools.ifeval {out}/model-T*.json {prompts}"
-    assert f"the answers are written, and scored where it is by: {command}\n" in (
-        capsys.readouterr().out
-    )
+    printed = capsys.readouterr().out
+    assert f"the answers are written, and scored where it is by: {command}\n" in printed
+    assert "\nmodel, T 0.7: 4 of 4 answers, bfloat16\n" in printed
     assert row["strict_acc"] is None and row["n"] == 4
     with pytest.raises(SystemExit, match="^tools.ifeval needs lm_eval: pip install 'lm_eval"):
         ifeval.main([f"{out}/model-T0.json", str(prompts)])
