@@ -56,7 +56,6 @@ from data import (
     json_lines,
     prompt_column,
     read_rows,
-    reason_of,
     split_thinking,
     to_messages,
     unread_columns,
@@ -338,7 +337,8 @@ class Writer:
             rows += more
             distributed.from_rank_0(partial(append, path, more), "--out")
             if len(rows) == n or time.monotonic() - reported > 10:
-                print0(f"{name}, T {temperature:g}: {len(rows):,} of {n:,} answers")
+                done = f"{len(rows):,} of {n:,} answers, {self.args.dtype}"
+                print0(f"{name}, T {temperature:g}: {done}")
                 reported = time.monotonic()
         answers = [Answer(row["text"], row["tokens"], row["ended"]) for row in rows]
         answers = [answers[i : i + samples] for i in range(0, len(answers), samples)]
@@ -493,59 +493,36 @@ def task_of(prompt: Prompt):
         raise InputError("--judge mini: the prompts are not the miniature's") from None
 
 
-class IFEval:
-    """The official checks of IFEval (arXiv 2311.07911), as lm_eval ships them.
+def judge_of_ifeval(prompts: list[Prompt]) -> Callable:
+    """Returns a judge by the official checks of IFEval (tools/ifeval.py).
 
-    strict and loose are 1 if all checks are passed; score is the share of checks passed strictly. A
-    check whose own data cannot be loaded is skipped for all answers; the program says which.
-    Raises InputError if lm_eval is not installed or the prompts do not name their checks.
+    strict and loose are 1 if all checks are passed; score is the share of checks passed strictly.
+    Raises ImportError if lm_eval, which brings the checks, is not installed, and InputError if the
+    prompts do not name theirs.
     """
+    from tools.ifeval import Checks  # imported only where it is used
 
-    def __init__(self, prompts: list[Prompt]):
-        try:
-            from lm_eval.tasks.ifeval import utils
-        except ImportError as error:
-            raise InputError(
-                f"--judge ifeval needs lm_eval: pip install 'lm_eval[ifeval]' ({reason_of(error)})"
-            ) from None
-        self.utils, self.skipped = utils, {}
-        for p in prompts:
-            if not {"instruction_id_list", "kwargs"} <= set(p.record):
-                raise InputError("--judge ifeval: prompts need instruction_id_list and kwargs")
-            for name, settings in self.checks(p):
-                try:
-                    self.follows(p, name, settings, "A text. And more.", "strict")
-                except LookupError as error:  # nltk's
-                    self.skipped[name] = " ".join(str(error).strip("*\n ").split())[:60]
-        for name, reason in self.skipped.items():
-            print0(f"check {name} is skipped: {reason}")
-        if none := sum(not self.checks(p) for p in prompts):
-            print0(f"{none} of {len(prompts)} prompts have no other check")
+    def rows_of(prompts):
+        return [p.record | {"prompt": p.instruction} for p in prompts]
 
-    def checks(self, prompt: Prompt) -> list[tuple]:
-        """Returns names and settings of a prompt's checks without those that are skipped."""
-        pairs = zip(prompt.record["instruction_id_list"], prompt.record["kwargs"], strict=True)
-        return [(name, settings) for name, settings in pairs if name not in self.skipped]
+    def judge(prompts: list[Prompt], texts: list[str]) -> list[dict]:
+        found = [checks(row, text) for row, text in zip(rows_of(prompts), texts, strict=True)]
+        return [
+            {k: float(all(one[k])) for k in one} | {"score": np.mean(one["strict"])}
+            if one["strict"]
+            else {}
+            for one in found
+        ]
 
-    def follows(self, prompt: Prompt, name: str, settings: dict, text: str, how: str) -> bool:
-        """Returns whether a text passes one check; how is "strict" or "loose"."""
-        one = self.utils.InputExample(0, [name], prompt.instruction, [settings])
-        test = getattr(self.utils, f"test_instruction_following_{how}")
-        return test(one, text).follow_all_instructions
-
-    def __call__(self, prompts: list[Prompt], texts: list[str]) -> list[dict]:
-        rows = []
-        for p, text in zip(prompts, texts, strict=True):
-            strict, loose = (
-                [self.follows(p, name, settings, text, how) for name, settings in self.checks(p)]
-                for how in ("strict", "loose")
-            )
-            rows.append(
-                {"strict": float(all(strict)), "loose": float(all(loose)), "score": np.mean(strict)}
-                if strict
-                else {}
-            )
-        return rows
+    try:
+        checks = Checks(rows_of(prompts))
+    except ValueError as error:
+        raise InputError(f"--judge ifeval: {error}") from None
+    for name, reason in checks.skipped.items():
+        print0(f"check {name} is skipped: {reason}")
+    if none := sum({*p.record["instruction_id_list"]} <= {*checks.skipped} for p in prompts):
+        print0(f"{none} of {len(prompts)} prompts have no other check")
+    return judge
 
 
 class Critics:
@@ -731,7 +708,13 @@ def check_input(args, device: torch.device) -> SimpleNamespace:
         for p in prompts:
             task_of(p)
     elif args.judge == "ifeval":
-        judge = IFEval(prompts)
+        try:
+            judge = judge_of_ifeval(prompts)
+        except ImportError as error:
+            print0(
+                f"--judge ifeval: no lm_eval here ({error}); the answers are written, and scored"
+                f" where it is by: python -m tools.ifeval {args.out}/model-T*.json {args.prompts}"
+            )
     if args.reward_model:
         encoder, config = read_reward_model(args.reward_model, day=args.day)
         whose = f"--reward_model {args.reward_model}"

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -26,11 +27,8 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    DynamicCache,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging as transformers_logging
 
 import distributed
@@ -44,7 +42,9 @@ from policy import (
     read_tokenizer,
 )
 
-COMPACT_BELOW = 0.75  # with a smaller share of unfinished rows, finished ones leave the batch
+COMPACT_BELOW = 0.9  # with a smaller share of unfinished rows, finished ones leave the batch
+READ_TOGETHER = 0.7  # a prompt shorter than this share of its group's longest begins a new group
+ROOM = 64  # tokens that are written before the cache of a layer is copied to a longer one
 
 
 class Answer(NamedTuple):
@@ -75,7 +75,7 @@ def pick(
     are drawn from, and with top_p < 1 of these only the fewest that together reach that share.
     """
     if temperature == 0:
-        return logits.argmax(-1)
+        return logits.max(-1).indices  # on a CPU in less than half of argmax's time
     p = (logits.double() / temperature).softmax(-1)
     if top_k or top_p < 1:
         ordered, tokens = p.sort(dim=-1, descending=True, stable=True)
@@ -158,44 +158,133 @@ def write_batch(
 ) -> list[list[int]]:
     """Returns the token ids of one answer to each of n prompts, the stop token included.
 
-    An answer ends at the first token of `stop`, or has u.shape[1] tokens; u is (n, positions).
-    of_token(logits (n, V), u=(n,)) returns the next tokens. Prompts are padded on the left, so that
-    all rows write at the right edge of one cache. Rows that have ended leave the cache together.
-    (Putting new prompts in their places at once was 10 % slower on the miniature, where a forward
-    over a prompt costs more than empty places do.)
+    The longest prompt comes first. An answer ends at the first token of `stop`, or has u.shape[1]
+    tokens; u is (n, positions). of_token(logits (n, V), u=(n,)) returns the next tokens. Prompts
+    are padded on the left, so that all rows write at the right edge of one cache. Rows that have
+    ended leave the cache together. (Putting new prompts in their places at once was 10 % slower on
+    the miniature, where a forward over a prompt costs more than empty places do.)
     """
-    width, device = max(map(len, prompts)), lm.device
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
-    position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
-    cache = DynamicCache(config=lm.config)
+    cache, logits = read_prompts(lm, prompts)
+    mask, lengths = mask_of(prompts, lm.device)
     # rows holds, for each row of the cache, the number of its prompt
     answers, rows = [[] for _ in prompts], list(range(len(prompts)))
     for position in range(u.shape[1]):
-        out = lm(
-            ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        token = of_token(out.logits[:, -1].float(), u=u[:, position])
+        token = of_token(logits.float(), u=u[:, position])
         for row, t in zip(rows, token.tolist(), strict=True):
             if not answers[row] or answers[row][-1] not in stop:
                 answers[row].append(t)
         writing = [i for i, row in enumerate(rows) if answers[row][-1] not in stop]
-        if not writing:
+        if not writing or position + 1 == u.shape[1]:
             break
         mask = F.pad(mask, (0, 1), value=1)
-        position_ids = position_ids[:, -1:] + 1
         if len(writing) < COMPACT_BELOW * len(rows):
-            rows, keep = [rows[i] for i in writing], torch.tensor(writing, device=device)
+            rows, keep = [rows[i] for i in writing], torch.tensor(writing, device=lm.device)
             cache.batch_select_indices(keep)
-            token, mask, position_ids, u = (x[keep] for x in (token, mask, position_ids, u))
-        ids = token[:, None]
+            token, mask, lengths, u = (x[keep] for x in (token, mask, lengths, u))
+        logits = next_logits(lm, token[:, None], mask, lengths + position, cache)
     return answers
+
+
+def mask_of(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns which places of n prompts padded on the left hold a token, and their lengths (n, 1).
+
+    The longest comes first; the mask (n, longest) is 1 or 0.
+    """
+    lengths = torch.tensor([[len(p)] for p in prompts], device=device)
+    width = len(prompts[0])
+    return (torch.arange(width, device=device) >= width - lengths).long(), lengths
+
+
+def next_logits(
+    lm: PreTrainedModel, ids: Tensor, mask: Tensor, position_ids: Tensor, cache: DynamicCache
+) -> Tensor:
+    """Returns the logits (n, V) after n rows of new tokens (n, m), which the cache takes in.
+
+    mask is that of the cache's tokens and of the new ones; position_ids is (n, m).
+    """
+    more = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return lm(ids, attention_mask=mask, position_ids=position_ids, **more).logits[:, -1]
+
+
+def read_prompts(lm: PreTrainedModel, prompts: list[list[int]]) -> tuple[DynamicCache, Tensor]:
+    """Returns a cache of n prompts, the longest first, and the logits (n, V) after them.
+
+    A place of padding costs as much as a token, so prompts of similar length are read together. A
+    model with layers that are no attention reads all at once, into a cache of transformers.
+    """
+    kinds = {type(layer) for layer in DynamicCache(config=lm.config).layers}
+    attention_alone, firsts = kinds <= {DynamicLayer, DynamicSlidingWindowLayer}, [0]
+    for i, prompt in enumerate(prompts):
+        if attention_alone and len(prompt) < READ_TOGETHER * len(prompts[firsts[-1]]):
+            firsts.append(i)
+    caches, logits = [], []
+    for first, end in pairwise([*firsts, len(prompts)]):
+        group, width = prompts[first:end], len(prompts[first])
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in group], device=lm.device)
+        mask, _ = mask_of(group, lm.device)
+        caches.append(DynamicCache(config=lm.config))
+        position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
+        logits.append(next_logits(lm, ids, mask, position_ids, caches[-1]))
+    return joined(caches) if attention_alone else caches[0], torch.cat(logits)
+
+
+def joined(caches: list[DynamicCache]) -> DynamicCache:
+    """Returns one cache of the rows of several, whose layers are emptied; the first is longest."""
+    for i, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+        caches[0].layers[i] = GrowingLayer(layers)
+        for layer in layers:
+            layer.reset()
+    return caches[0]
+
+
+class GrowingLayer(DynamicLayer):
+    """The keys and values of one layer, which new ones are written behind, in place.
+
+    transformers' own layers copy all that they hold for every new token. `layers` are such layers
+    of several groups of rows, the longest first; the others are padded on the left. With a sliding
+    window only the tokens that the next one sees are held.
+    """
+
+    def __init__(self, layers: tuple[DynamicLayer]):
+        super().__init__()
+        self.lazy_initialization(layers[0].keys, layers[0].values)
+        self.is_sliding = layers[0].is_sliding
+        self.sliding_window = layers[0].sliding_window if self.is_sliding else None
+        self.length, self.buffers = layers[0].get_seq_length(), None
+        self.keys, self.values = (
+            torch.cat([F.pad(x, (0, 0, parts[0].shape[2] - x.shape[2], 0)) for x in parts])
+            for parts in zip(*((layer.keys, layer.values) for layer in layers), strict=True)
+        )
+
+    @property
+    def held(self) -> int:
+        n = self.keys.shape[2]
+        return min(n, self.sliding_window - 1) if self.is_sliding else n
+
+    def update(self, keys: Tensor, values: Tensor, *_, **unused) -> tuple[Tensor, Tensor]:
+        """Returns the keys and values (n, heads, held + 1, E) that a new token (n, heads, 1, E)
+        of each row sees."""
+        held = self.held
+        if self.buffers is None or self.end == self.buffers[0].shape[2]:
+            seen = (x[:, :, x.shape[2] - held :] for x in (self.keys, self.values))
+            self.buffers, self.end = [F.pad(x, (0, 0, 0, ROOM)) for x in seen], held
+        for buffer, new in zip(self.buffers, (keys, values), strict=True):
+            buffer[:, :, self.end] = new[:, :, 0]
+        self.end, self.length = self.end + 1, self.length + 1
+        begin = self.end - held - 1
+        self.keys, self.values = (buffer[:, :, begin : self.end] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Returns how many keys query_length new tokens see, and the position of the first one."""
+        return self.held + query_length, self.length - self.held
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def batch_select_indices(self, indices: Tensor):
+        """Drops all rows but these; what is held is then copied to new buffers."""
+        self.keys, self.values, self.buffers = self.keys[indices], self.values[indices], None
 
 
 def refuse_half_characters(text: str, where: str):

@@ -15,6 +15,7 @@ import math
 import random
 import re
 import shutil
+import subprocess
 import sys
 from datetime import date
 from pathlib import Path
@@ -60,7 +61,7 @@ from miniature import world
 from packing import pack
 from policy import load_lm
 from reward_model import RewardLM, RewardModel
-from tools import plots
+from tools import ifeval, plots
 
 ALPACA = SHARED / "alpaca_eval"
 needs_alpaca = pytest.mark.skipif(not ALPACA.is_dir(), reason=f"{ALPACA} is not there")
@@ -1073,39 +1074,45 @@ def stub_lm_eval(monkeypatch):
         return text.isupper() if name == "capitals" else "*" in text
 
     def check(prepare):
-        def test(one, text):
-            (name,) = one.instruction_id_list
-            return SimpleNamespace(follow_all_instructions=follows(name, prepare(text)))
-
-        return test
+        return lambda one, text: SimpleNamespace(
+            follow_instruction_list=[
+                follows(name, prepare(text)) for name in one.instruction_id_list
+            ]
+        )
 
     utils = ModuleType("utils")
     utils.InputExample = lambda key, ids, prompt, kwargs: SimpleNamespace(instruction_id_list=ids)
     utils.test_instruction_following_strict = check(lambda text: text)
     utils.test_instruction_following_loose = check(lambda text: text + "*")
-    package = ModuleType("lm_eval.tasks.ifeval")
-    package.utils = utils
+    package, langdetect = ModuleType("lm_eval.tasks.ifeval"), ModuleType("langdetect")
+    known = dict.fromkeys(("capitals", "star", "needs_data"))
+    package.utils, package.instructions_registry = utils, SimpleNamespace(INSTRUCTION_DICT=known)
+    langdetect.DetectorFactory = SimpleNamespace(seed=None)
     for name in ("lm_eval", "lm_eval.tasks"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, "lm_eval.tasks.ifeval", package)
+    monkeypatch.setitem(sys.modules, "langdetect", langdetect)
+
+
+CHECKED = (["capitals"], ["capitals", "star"], ["star", "needs_data"], ["needs_data"])
+CHECKED = [
+    {"prompt": f"p{i}", "instruction_id_list": ids, "kwargs": [{}] * len(ids)}
+    for i, ids in enumerate(CHECKED)
+]
+CHECKED_TEXTS = ["ABC", "ABC", "abc*", "ABC"]
 
 
 def test_ifeval_counts_whole_prompts_and_says_what_it_skips(stub_lm_eval, capsys):
-    names = (["capitals"], ["capitals", "star"], ["star", "needs_data"], ["needs_data"])
-    prompts = [
-        eval_alpaca.Prompt(f"p{i}", "d", {"instruction_id_list": ids, "kwargs": [{}] * len(ids)})
-        for i, ids in enumerate(names)
-    ]
+    prompts = [eval_alpaca.Prompt(row["prompt"], "d", row) for row in CHECKED]
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        judge = eval_alpaca.IFEval(prompts)
+        judge = eval_alpaca.judge_of_ifeval(prompts)
     finally:
         dist.destroy_process_group()
     printed = capsys.readouterr().out
     assert "check needs_data is skipped: Resource punkt not found." in printed
     assert "1 of 4 prompts have no other check" in printed
-    rows = judge(prompts, ["ABC", "ABC", "abc*", "ABC"])
-    assert rows == [
+    assert judge(prompts, CHECKED_TEXTS) == [
         {"strict": 1, "loose": 1, "score": 1},
         {"strict": 0, "loose": 1, "score": 0.5},
         {"strict": 1, "loose": 1, "score": 1},
@@ -1113,12 +1120,89 @@ def test_ifeval_counts_whole_prompts_and_says_what_it_skips(stub_lm_eval, capsys
     ]
 
 
-def test_ifeval_without_lm_eval_is_one_line(exam, tmp_path, monkeypatch):
+def test_tools_ifeval_prints_accuracies_with_their_errors_over_prompts(
+    stub_lm_eval, tmp_path, capsys
+):
+    answers = [
+        {"instruction": row["prompt"], "output": text}
+        for row, text in zip(CHECKED, CHECKED_TEXTS, strict=True)
+    ]
+    file, prompts = tmp_path / "a.json", tmp_path / "p.jsonl"
+    write_lines(prompts, CHECKED)
+    file.write_text(json.dumps(answers[::-1]))
+    ifeval.main([str(file), str(prompts)])
+    printed = capsys.readouterr().out
+    assert "check needs_data is skipped: Resource punkt not found." in printed
+    # strict by prompt 1, 0, 1; by check 1 of 1, 1 of 2, 1 of 1
+    by_prompt = np.array([1, 0, 1]).std(ddof=1) / 3**0.5
+    by_check = (np.array([1, 1, 1]) - 3 / 4 * np.array([1, 2, 1])).std(ddof=1) / 3**0.5 / (4 / 3)
+    cells = [f"{100 * x:.1f}" for x in (2 / 3, by_prompt, 1, 0, 3 / 4, by_check, 1, 0)]
+    assert re.findall(r"[\d.]+(?= \+-)|(?<=\+- )[\d.]+", printed.splitlines()[-1]) == cells
+    assert printed.splitlines()[-1].split()[0] == "3" and printed.endswith(f"  {file}\n")
+
+    def refused(answers, rows=CHECKED):
+        file.write_text(json.dumps(answers))
+        write_lines(prompts, rows)
+        with pytest.raises(SystemExit) as end:
+            ifeval.main([str(file), str(prompts)])
+        return str(end.value)
+
+    assert refused(answers[1:]) == f"tools.ifeval: {file}: 1 of 4 prompts have no answer"
+    more = [*answers, {"instruction": "x", "output": "y"}]
+    assert refused(more) == f"tools.ifeval: {file}: 1 answers are to no prompt"
+    assert refused([{"text": "a"}]) == f"tools.ifeval: {file}: row 0 has no instruction"
+    assert refused(answers, [{"prompt": "p0"}]).endswith("row 0 has no instruction_id_list")
+    other = CHECKED[0] | {"instruction_id_list": ["unheard"]}
+    assert refused(answers[:1], [other]).endswith("checks that lm_eval does not know: ['unheard']")
+
+
+def test_ifeval_without_lm_eval_writes_the_answers_and_says_where_they_are_scored(
+    exam, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(
-        SystemExit, match=r"--judge ifeval needs lm_eval: pip install 'lm_eval\[ifeval\]'"
+    rows = [row | {"prompt": f"Say {row['prompt']}."} for row in CHECKED]
+    prompts, out = write_lines(tmp_path / "p.jsonl", rows), tmp_path / "out"
+    more = f"--prompts={prompts}", "--judge=ifeval", "--dtype=bfloat16"
+    (row, _), _ = examine(exam, out, *more)
+    command = f"python -m tools.ifeval {out}/model-T*.json {prompts}"
+    printed = capsys.readouterr().out
+    assert f"the answers are written, and scored where it is by: {command}\n" in printed
+    assert "\nmodel, T 0.7: 4 of 4 answers, bfloat16\n" in printed
+    assert row["strict_acc"] is None and row["n"] == 4
+    with pytest.raises(SystemExit, match="^tools.ifeval needs lm_eval: pip install 'lm_eval"):
+        ifeval.main([f"{out}/model-T0.json", str(prompts)])
+
+
+IFEVAL = SHARED / "ifeval" / "ifeval_prompts.jsonl"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not IFEVAL.is_file(), reason=f"{IFEVAL} is not there")
+def test_lm_eval_s_checks_judge_in_an_environment_of_their_own(tmp_path):
+    """Answers that no check passes, those that echo the prompt, and one that passes for sure."""
+    python = tmp_path / "env" / "bin" / "python"
+    make = [sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"]
+    subprocess.run(make, check=True)
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-compile"]
+    pip.append("lm_eval[ifeval]==0.4.13")
+    done = subprocess.run(pip, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"lm_eval cannot be installed: {done.stderr[-200:]}")
+    rows = [r for r in lines_of(IFEVAL) if r["instruction_id_list"] == ["punctuation:no_comma"]]
+    prompts = write_lines(tmp_path / "p.jsonl", rows)
+    for name, text in (
+        ("none", ""),
+        ("all", "No such sign."),
+        ("some", "First, a sign\nthen none"),
     ):
-        examine(exam, tmp_path, "--judge=ifeval")
+        answers = [{"instruction": row["prompt"], "output": text} for row in rows]
+        (tmp_path / f"{name}.json").write_text(json.dumps(answers))
+    files = [tmp_path / f"{name}.json" for name in ("none", "all", "some")]
+    ask = [python, "-m", "tools.ifeval", *files, prompts]
+    done = subprocess.run(ask, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rates = [line.split()[1:11:3] for line in done.stdout.splitlines()[-3:]]
+    assert rates == [["0.0"] * 4, ["100.0"] * 4, ["0.0", "100.0"] * 2]
 
 
 # ---------------------------------------------------------------------- reward model

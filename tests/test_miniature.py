@@ -23,7 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import generate as generate_module
 import report
@@ -365,6 +366,52 @@ def test_same_seed_prompt_and_temperature_same_text_in_any_batch_and_order(small
     other = generate(lm, encoder, chats, **settings | {"seed": 2})
     assert sum(a == b for a, b in zip(other, whole, strict=True)) < len(chats) / 2
     assert generate(lm, encoder, [], **settings) == []
+
+
+def test_a_long_prompt_does_not_lengthen_the_others(small):
+    """Short prompts are not padded to its length when they are read."""
+    lm, encoder = AutoModelForCausalLM.from_pretrained(small / "model"), encoder_of(small / "model")
+    chats, places, forward = [user_chat(x) for x in ("a" * 300, *"bcdefgh")], [], lm.forward
+    lm.forward = lambda ids, **more: places.append(ids.numel()) or forward(ids, **more)
+    settings = dict(temperature=0, seed=0, max_new_tokens=1)
+    answers = generate(lm, encoder, chats, **settings)
+    assert sum(places) == sum(len(encoder.prompt_ids(chat)) for chat in chats)
+    assert answers == [generate(lm, encoder, [chat], **settings)[0] for chat in chats]
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_cache_is_written_in_place(window, monkeypatch):
+    """One copy per ROOM tokens; with a window no more is held than the next token sees."""
+    monkeypatch.setattr(generate_module, "ROOM", 4)
+    layer = DynamicSlidingWindowLayer(window) if window else DynamicLayer()
+    written = torch.randn(2, 2, 20, 3)  # rows, heads, tokens, size
+    layer.update(written[:, :, :7], -written[:, :, :7])
+    layer, places = generate_module.GrowingLayer((layer,)), set()
+    for n in range(8, 21):
+        keys, values = layer.update(written[:, :, n - 1 : n], -written[:, :, n - 1 : n])
+        seen = written[:, :, max(0, n - window) if window else 0 : n]
+        assert torch.equal(keys, seen) and torch.equal(values, -seen)
+        places.add(layer.buffers[0].data_ptr())
+        first = n + 1 - min(n + 1, window or n + 1)
+        assert layer.get_seq_length() == n and layer.get_mask_sizes(1) == (n + 1 - first, first)
+    assert len(places) <= 4 and layer.buffers[0].shape[2] == (4 if window else 19) + 4
+    layer.batch_select_indices(torch.tensor([1]))
+    keys, _ = layer.update(written[1:, :, :1], written[1:, :, :1])
+    assert torch.equal(keys[:, :, :-1], written[1:, :, -4 if window else 0 :])
+
+
+def test_a_model_with_layers_that_are_no_attention_answers_as_it_does_by_itself(small):
+    config = AutoConfig.for_model(
+        "lfm2", vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, layer_types=["conv", "full_attention"],
+        initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    lm, encoder = AutoModelForCausalLM.from_config(config).eval(), encoder_of(small / "model")
+    chats = [user_chat(prompt) for prompt in PROMPTS]
+    settings = dict(temperature=0, seed=0, max_new_tokens=12)
+    whole = generate(lm, encoder, chats, **settings)
+    assert whole == [generate(lm, encoder, [chat], **settings)[0] for chat in chats]
 
 
 def test_generation_stops_at_the_end_of_turn_and_is_cut_without_one(small):

@@ -86,8 +86,11 @@ def test_packed_forward_and_gradient_equal_the_models_own(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", SHAPES)
-def test_generation_is_the_models_own(family, tmp_path):
-    """In batches that shrink as answers end, with texts longer than the windows."""
+def test_generation_is_the_models_own(family, tmp_path, monkeypatch):
+    """In batches that shrink as answers end, with prompts read in groups, with texts longer than
+    the windows and than the room of the cache."""
+    monkeypatch.setattr(generate, "ROOM", 3)
+    monkeypatch.setattr(generate, "READ_TOGETHER", 0.9)
     name, encoder = make_model(tmp_path, family), ChatEncoder(tiny())
     chats = [user_chat(text) for text in ("abc", "fade a bed", "a", "cafe bead face")]
     # in float32, because an eager softmax of float64 scores gives padding NaN
