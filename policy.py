@@ -49,7 +49,13 @@ from packing import Packed
 # The head works in chunks of rows, so that the logits stay in a CPU's cache and do not fill a GPU's
 # memory: the least number of rows and of logits in a chunk. On a GPU that is 1 GiB in float32,
 # because the gradient of the head's weights is added once per chunk.
-CHUNK = {"cpu": (256, 2**22), "cuda": (1024, 2**28)}
+CHUNK = {"cpu": (256, 2**25), "cuda": (1024, 2**28)}
+
+
+ROWS_IN_CACHE = 16  # of the logits on a CPU, for what follows the product
+# On a CPU, what is done to each token alone is done to so many numbers at once if there are more
+# than twice as many, so that they stay in the cache from one operation to the next.
+NUMBERS_IN_CACHE = 2**19
 
 
 class LatentsAndLogProbs(NamedTuple):
@@ -107,17 +113,21 @@ class PackedLM(nn.Module):
         softcap = getattr(self.model.config, "final_logit_softcapping", None)
         scale = getattr(self.model.config, "logits_scaling", 1.0)
         chunk = rows_per_chunk(head.weight.shape[0], h.device)
-        fuse = h.is_cuda and h.dtype == torch.bfloat16
-        scores = fused_log_probs() if fuse else token_log_probs
-        recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        logp = torch.cat(
-            [
-                recompute(scores, h[rows], head.weight, head.bias, labels, softcap, scale)
-                for rows, labels in zip(
-                    batch.predict.split(chunk), batch.labels.split(chunk), strict=True
-                )
-            ]
-        )
+        if h.device.type == "cpu" and len(batch.labels) > chunk and head.bias is None:
+            more = batch.labels, softcap, scale, chunk
+            logp = ChunkedLogProbs.apply(h[batch.predict], head.weight, *more)
+        else:
+            fuse = h.is_cuda and h.dtype == torch.bfloat16
+            scores = fused_log_probs() if fuse else token_log_probs
+            recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            logp = torch.cat(
+                [
+                    recompute(scores, h[rows], head.weight, head.bias, labels, softcap, scale)
+                    for rows, labels in zip(
+                        batch.predict.split(chunk), batch.labels.split(chunk), strict=True
+                    )
+                ]
+            )
         # A GPU adds in any order. In float64 that is not seen, so policy and reference stay equal.
         wide = torch.float64 if logp.is_cuda else logp.dtype
         sums = logp.new_zeros(len(batch.lengths), dtype=wide)
@@ -151,11 +161,135 @@ def token_log_probs(
     return -F.cross_entropy(logits, labels, reduction="none")
 
 
+class ChunkedLogProbs(torch.autograd.Function):
+    """token_log_probs of more rows than one chunk on a CPU, by a head without bias.
+
+    autograd would add the chunks' gradients in the precision of the weights, each addition as large
+    as the weights; here they are added in float32. And what follows the product is done in rows
+    that stay in the cache, several times faster than torch's log_softmax of a chunk.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, labels, softcap, scale, chunk):
+        ctx.save_for_backward(h, weight, labels)
+        ctx.settings = softcap, scale, chunk
+        chunks = zip(h.split(chunk), labels.split(chunk), strict=True)
+        return torch.cat([scores_of(F.linear(x, weight), y, softcap, scale) for x, y in chunks])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        h, weight, labels = ctx.saved_tensors
+        softcap, scale, chunk = ctx.settings
+        of_h, of_weight = [], torch.zeros_like(weight, dtype=gradient.dtype)
+        chunks = (x.split(chunk) for x in (h, labels, gradient))
+        for x, y, g in zip(*chunks, strict=True):
+            of_logits = F.linear(x, weight)
+            scores_of(of_logits, y, softcap, scale, g)
+            of_h.append(of_logits @ weight)
+            of_weight += of_logits.T @ x
+        return torch.cat(of_h), of_weight.to(weight.dtype), None, None, None, None
+
+
+def scores_of(logits: Tensor, labels: Tensor, softcap, scale, gradient: Tensor | None = None):
+    """Returns log p(label), (R,), of logits (R, V), in float32 or higher; see token_log_probs.
+
+    With gradient, (R,), that of the result, it overwrites the logits by their gradient instead.
+    """
+    scores = []
+    for i in range(0, len(logits), ROWS_IN_CACHE):
+        rows = slice(i, i + ROWS_IN_CACHE)
+        z, y = at_least_fp32(logits[rows]), labels[rows, None]
+        if scale != 1:
+            z = z / scale
+        if softcap is not None:
+            z = softcap * torch.tanh(z / softcap)
+        top = z.amax(-1, keepdim=True)
+        p = (z - top).exp_()
+        total = p.sum(-1, keepdim=True)
+        if gradient is None:
+            scores.append(z.gather(1, y) - top - total.log_())
+            continue
+        g = gradient[rows, None]
+        p.mul_(-g / total).scatter_add_(1, y, g)  # the softmax's gradient
+        if softcap is not None:
+            p *= 1 - (z / softcap).square_()
+        logits[rows] = p if scale == 1 else p / scale
+    return torch.cat(scores).squeeze(1) if scores else None
+
+
 @functools.cache
 def fused_log_probs():
     """Returns token_log_probs, compiled: the logits stay in bfloat16 in a GPU's memory, and are
     read and written a few times in place of some thirty."""
     return compiled(token_log_probs)
+
+
+class InCache(torch.autograd.Function):
+    """A function of each token alone, computed for as many tokens at once as a CPU's cache holds,
+    and again in backward.
+
+    apply takes the function, the number of its arguments, (1, T, ...) each, these arguments, and
+    the parameters that the function uses. The values are those of the function itself.
+    """
+
+    @staticmethod
+    def forward(ctx, function, count, *tensors):
+        ctx.save_for_backward(*tensors)
+        ctx.function, ctx.count, out = function, count, torch.empty_like(tensors[0])
+        for part, *parts in in_parts(out, *tensors[:count]):
+            part.copy_(function(*parts))
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        n, tensors = ctx.count, ctx.saved_tensors
+        of_tensors = [torch.empty_like(x) for x in tensors[:n]]
+        of_parameters = [
+            torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+            for x in tensors[n:]
+        ]
+        for g, *parts in in_parts(gradient, *tensors[:n], *of_tensors):
+            with torch.enable_grad():
+                inputs = [x.detach().requires_grad_() for x in parts[:n]]
+                out = ctx.function(*inputs)
+            found = torch.autograd.grad(out, (*inputs, *tensors[n:]), g)
+            for total, x in zip(parts[n:], found[:n], strict=True):
+                total.copy_(x)
+            for total, x in zip(of_parameters, found[n:], strict=True):
+                total += x
+        of_parameters = [x.to(y.dtype) for x, y in zip(of_parameters, tensors[n:], strict=True)]
+        return None, None, *of_tensors, *of_parameters
+
+
+def in_parts(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Yields the parts of tensors (1, T, ...), the same tokens of each, that InCache works on."""
+    tokens = max(1, NUMBERS_IN_CACHE // tensors[0][0, 0].numel())
+    return zip(*(x.split(tokens, dim=1) for x in tensors), strict=True)
+
+
+def by_token(function: Callable, parameters: Iterable, *tensors: Tensor) -> Tensor:
+    """Returns function(*tensors), on a CPU by InCache where that is faster."""
+    if tensors[0].device.type != "cpu" or tensors[0].numel() <= 2 * NUMBERS_IN_CACHE:
+        return function(*tensors)
+    return InCache.apply(function, len(tensors), *tensors, *parameters)
+
+
+def keep_in_cache(model):
+    """Changes a model's norms and gated feed-forward networks to work by_token; same results."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = functools.partial(norm_by_token, module, module.forward)
+        elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+            module.forward = functools.partial(gated_by_token, module)
+
+
+def norm_by_token(module, forward: Callable, x: Tensor) -> Tensor:
+    return by_token(forward, module.parameters(), x)
+
+
+def gated_by_token(module, x: Tensor) -> Tensor:
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    return module.down_proj(by_token(lambda gate, up: module.act_fn(gate) * up, (), gate, up))
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -455,6 +589,7 @@ def load_lm(
         if model.can_generate():  # from_config leaves these settings out, and the export has them
             model.generation_config = generation_settings(name)
     model.eval()  # for good: dropout would make policy and reference differ before the first step
+    keep_in_cache(model)
     if checkpointing:
         for layer in model.base_model.layers:
             layer.forward = functools.partial(

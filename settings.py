@@ -111,8 +111,8 @@ def flags() -> Parser:
         help="paired critic: h or h - h_ref [diff, ours]")
     add("--disc_steps", type=count, help="paired critic: updates per step [1, for h 5, ours]")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=at_least_0, help="peak [5e-7 Gemma, 1e-6 Llama, App. B; mini 1e-4, smollm2 2e-5,"
-        " ours]")
+    add("--lr", type=at_least_0, help="peak [5e-7 Gemma, 1e-6 Llama, App. B; mini 1e-4,"
+        " smollm2 2e-5, ours]")
     add("--warmup", type=fraction, default=0.1, help="share of steps, then cosine [0.1, App. B]")
     add("--grad_clip", type=positive, default=1.0, help="norm of the policy's gradient [1, ours]")
     add("--batch_size", type=count, help="pairs per step over all ranks [128, App. B; mini 32]")
