@@ -53,9 +53,7 @@ CHUNK = {"cpu": (256, 2**25), "cuda": (1024, 2**28)}
 
 
 ROWS_IN_CACHE = 16  # of the logits on a CPU, for what follows the product
-# On a CPU, what is done to each token alone is done to so many numbers at once if there are more
-# than twice as many, so that they stay in the cache from one operation to the next.
-NUMBERS_IN_CACHE = 2**19
+NUMBERS_IN_CACHE = 2**18  # that a norm works on at once on a CPU, if it has four times as many
 
 
 class LatentsAndLogProbs(NamedTuple):
@@ -225,40 +223,30 @@ def fused_log_probs():
 
 
 class InCache(torch.autograd.Function):
-    """A function of each token alone, computed for as many tokens at once as a CPU's cache holds,
-    and again in backward.
-
-    apply takes the function, the number of its arguments, (1, T, ...) each, these arguments, and
-    the parameters that the function uses. The values are those of the function itself.
-    """
+    """A norm of (1, T, ...), computed for as many tokens at once as a CPU's cache holds, and again
+    in backward. apply takes the norm's own forward, its argument and its parameters."""
 
     @staticmethod
-    def forward(ctx, function, count, *tensors):
-        ctx.save_for_backward(*tensors)
-        ctx.function, ctx.count, out = function, count, torch.empty_like(tensors[0])
-        for part, *parts in in_parts(out, *tensors[:count]):
-            part.copy_(function(*parts))
+    def forward(ctx, function, x, *parameters):
+        ctx.save_for_backward(x, *parameters)
+        ctx.function, out = function, torch.empty_like(x)
+        for part, result in in_parts(x, out):
+            result.copy_(function(part))
         return out
 
     @staticmethod
     def backward(ctx, gradient):
-        n, tensors = ctx.count, ctx.saved_tensors
-        of_tensors = [torch.empty_like(x) for x in tensors[:n]]
-        of_parameters = [
-            torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
-            for x in tensors[n:]
-        ]
-        for g, *parts in in_parts(gradient, *tensors[:n], *of_tensors):
+        x, *parameters = ctx.saved_tensors
+        of_x, totals = torch.empty_like(x), [torch.zeros_like(at_least_fp32(p)) for p in parameters]
+        for part, g, result in in_parts(x, gradient, of_x):
             with torch.enable_grad():
-                inputs = [x.detach().requires_grad_() for x in parts[:n]]
-                out = ctx.function(*inputs)
-            found = torch.autograd.grad(out, (*inputs, *tensors[n:]), g)
-            for total, x in zip(parts[n:], found[:n], strict=True):
-                total.copy_(x)
-            for total, x in zip(of_parameters, found[n:], strict=True):
-                total += x
-        of_parameters = [x.to(y.dtype) for x, y in zip(of_parameters, tensors[n:], strict=True)]
-        return None, None, *of_tensors, *of_parameters
+                part = part.detach().requires_grad_()
+                out = ctx.function(part)
+            of_part, *found = torch.autograd.grad(out, (part, *parameters), g)
+            result.copy_(of_part)
+            for total, of_parameter in zip(totals, found, strict=True):
+                total += of_parameter
+        return None, of_x, *(t.to(p.dtype) for t, p in zip(totals, parameters, strict=True))
 
 
 def in_parts(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
@@ -267,29 +255,18 @@ def in_parts(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     return zip(*(x.split(tokens, dim=1) for x in tensors), strict=True)
 
 
-def by_token(function: Callable, parameters: Iterable, *tensors: Tensor) -> Tensor:
-    """Returns function(*tensors), on a CPU by InCache where that is faster."""
-    if tensors[0].device.type != "cpu" or tensors[0].numel() <= 2 * NUMBERS_IN_CACHE:
-        return function(*tensors)
-    return InCache.apply(function, len(tensors), *tensors, *parameters)
+def norm_in_cache(module, forward: Callable, x: Tensor) -> Tensor:
+    """Returns forward(x), the module's own forward, on a CPU by InCache where x is large."""
+    if x.device.type != "cpu" or x.numel() <= 4 * NUMBERS_IN_CACHE:
+        return forward(x)
+    return InCache.apply(forward, x, *module.parameters())
 
 
-def keep_in_cache(model):
-    """Changes a model's norms and gated feed-forward networks to work by_token; same results."""
+def keep_norms_in_cache(model):
+    """Changes a model's norms to work by norm_in_cache; the results stay the same."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = functools.partial(norm_by_token, module, module.forward)
-        elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
-            module.forward = functools.partial(gated_by_token, module)
-
-
-def norm_by_token(module, forward: Callable, x: Tensor) -> Tensor:
-    return by_token(forward, module.parameters(), x)
-
-
-def gated_by_token(module, x: Tensor) -> Tensor:
-    gate, up = module.gate_proj(x), module.up_proj(x)
-    return module.down_proj(by_token(lambda gate, up: module.act_fn(gate) * up, (), gate, up))
+            module.forward = functools.partial(norm_in_cache, module, module.forward)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -589,7 +566,7 @@ def load_lm(
         if model.can_generate():  # from_config leaves these settings out, and the export has them
             model.generation_config = generation_settings(name)
     model.eval()  # for good: dropout would make policy and reference differ before the first step
-    keep_in_cache(model)
+    keep_norms_in_cache(model)
     if checkpointing:
         for layer in model.base_model.layers:
             layer.forward = functools.partial(

@@ -185,11 +185,10 @@ def test_a_head_in_chunks_is_the_head(family, scale, tiny_world, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["gemma2", "llama"])
-def test_what_is_done_to_each_token_may_be_done_in_parts(family, tiny_world, monkeypatch):
-    """Norms and gated networks in parts that stay in a CPU's cache."""
+def test_norms_in_parts_are_the_norms(family, tiny_world, monkeypatch):
     lm, batch = load_lm(str(tiny_world / family), torch.float64), pack(triplets_for(LENGTHS))
     found = []
-    for numbers in (2**19, 300):
+    for numbers in (2**18, 150):
         monkeypatch.setattr(policy, "NUMBERS_IN_CACHE", numbers)
         logp = lm(batch).logp
         found.append([logp, *torch.autograd.grad(logp.square().sum(), lm.parameters())])
