@@ -128,6 +128,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scali
     q is (1, heads, n, E); k and v are (1, key heads, m, E). mask comes from Loop.mask.
     """
     if softcap is None:
+        if backward_is_slow(q) and torch.is_grad_enabled():
+            return FastBackward.apply(q, k, v, mask, scaling)
         gqa = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
@@ -136,6 +138,60 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scali
     scores = softcap * torch.tanh(q @ k.transpose(2, 3) * scaling / softcap)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     return (scores + mask).softmax(-1).to(q.dtype) @ v
+
+
+def backward_is_slow(q: Tensor) -> bool:
+    """Returns whether FastBackward is faster than scaled_dot_product_attention's own backward."""
+    return q.dtype == torch.bfloat16 and q.device.type == "cpu"
+
+
+class FastBackward(torch.autograd.Function):
+    """scaled_dot_product_attention for bfloat16 on a CPU, whose own backward is several times
+    slower than products of whole matrices. Arguments as in causal_attention.
+
+    In backward the logarithm of the softmax's divisor becomes three further columns of the queries,
+    and what is subtracted from the gradient of the softmax three of the gradient. So both are
+    subtracted within the product, which adds in float32, and only then is the result rounded.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, scaling):
+        ctx.scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
+        more = dict(is_causal=mask is None, attn_mask=mask, scale=scaling)
+        groups = q.shape[1] // k.shape[1]
+        keys, values = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, divisor = kernel(q, keys, values, **more)
+        ctx.save_for_backward(q, k, v, mask, out, divisor)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        q, k, v, mask, out, divisor = ctx.saved_tensors
+        k, v, n = k[0], v[0], q.shape[2]
+        inner = (gradient * out).sum(-1, keepdim=True, dtype=divisor.dtype)
+        q_and = with_columns(q, -divisor[..., None] / ctx.scaling, len(k))
+        gradient_and, zero = with_columns(gradient, -inner, len(k)), q.new_zeros(1, 1, 1)
+        ones = k.new_ones(*k.shape[:2], 3)
+        p = torch.baddbmm(zero, q_and, torch.cat([k, ones], -1).mT, beta=0, alpha=ctx.scaling)
+        scores = p.unflatten(1, (-1, n))
+        if mask is None:
+            scores.exp_().tril_()
+        else:
+            scores.add_(mask).exp_()
+        of_scores = (gradient_and @ torch.cat([v, ones], -1).mT).mul_(p)
+        of_q = (of_scores @ k).mul_(ctx.scaling).view(q.shape)
+        of_k = (of_scores.mT @ q_and[..., :-3]).mul_(ctx.scaling)
+        return of_q, of_k[None], (p.mT @ gradient_and[..., :-3])[None], None, None
+
+
+def with_columns(x: Tensor, column: Tensor, key_heads: int) -> Tensor:
+    """Returns x (1, heads, n, E) with a column (1, heads, n, 1), which is split into three numbers
+    of the precision of x, as (key heads, n of each of its queries, E + 3)."""
+    high = column.to(x.dtype)
+    middle = (column - high).to(x.dtype)
+    low = (column - high - middle).to(x.dtype)
+    return torch.cat([x, high, middle, low], -1).view(key_heads, -1, x.shape[-1] + 3)
 
 
 LAYOUTS = {"loop": Loop, "varlen": Varlen, "flex": Flex}

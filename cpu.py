@@ -51,6 +51,14 @@ def chosen_threads(miniature: bool) -> int | None:
     return max(1, (MINIATURE_THREADS if miniature else cores()) // processes)
 
 
+def has_amx() -> bool:
+    """Returns whether this CPU has AMX for bfloat16, with which such matrix products are fast."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:  # not on macOS
+        return False
+
+
 def begin_vector_mathematics():
     """Calls one of MKL's vector functions (cos, exp, ...) for the first time, on this thread alone.
 

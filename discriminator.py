@@ -254,10 +254,9 @@ def build_critics(args, hidden_size: int) -> nn.ModuleDict | None:
 def autocast_of(device: torch.device, dtype: torch.dtype):
     """Returns a function that opens the autocast for the critics' products [choice 10].
 
-    On a GPU in a bfloat16 run they are computed in bfloat16, elsewhere in the weights' precision.
+    In a bfloat16 run they are computed in bfloat16, otherwise in the weights' precision.
     """
-    enabled = device.type == "cuda" and dtype == torch.bfloat16
-    return partial(torch.autocast, device.type, torch.bfloat16, enabled=enabled)
+    return partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def step_critics(run) -> Tensor:

@@ -52,7 +52,11 @@ from packing import Packed
 # The head works in chunks of rows, so that the logits stay in a CPU's cache and do not fill a GPU's
 # memory: the least number of rows and of logits in a chunk. On a GPU that is 1 GiB in float32,
 # because the gradient of the head's weights is added once per chunk.
-CHUNK = {"cpu": (256, 2**22), "cuda": (1024, 2**28)}
+CHUNK = {"cpu": (256, 2**25), "cuda": (1024, 2**28)}
+
+
+ROWS_IN_CACHE = 16  # of the logits on a CPU, for what follows the product
+NUMBERS_IN_CACHE = 2**18  # that a norm works on at once on a CPU, if it has four times as many
 
 
 class LatentsAndLogProbs(NamedTuple):
@@ -111,17 +115,21 @@ class PackedLM(nn.Module):
         softcap = getattr(self.model.config, "final_logit_softcapping", None)
         scale = getattr(self.model.config, "logits_scaling", 1.0)
         chunk = rows_per_chunk(head.weight.shape[0], h.device)
-        fuse = h.is_cuda and h.dtype == torch.bfloat16
-        scores = fused_log_probs() if fuse else token_log_probs
-        recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        logp = torch.cat(
-            [
-                recompute(scores, h[rows], head.weight, head.bias, labels, softcap, scale)
-                for rows, labels in zip(
-                    batch.predict.split(chunk), batch.labels.split(chunk), strict=True
-                )
-            ]
-        )
+        if h.device.type == "cpu" and len(batch.labels) > chunk and head.bias is None:
+            more = batch.labels, softcap, scale, chunk
+            logp = ChunkedLogProbs.apply(h[batch.predict], head.weight, *more)
+        else:
+            fuse = h.is_cuda and h.dtype == torch.bfloat16
+            scores = fused_log_probs() if fuse else token_log_probs
+            recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            logp = torch.cat(
+                [
+                    recompute(scores, h[rows], head.weight, head.bias, labels, softcap, scale)
+                    for rows, labels in zip(
+                        batch.predict.split(chunk), batch.labels.split(chunk), strict=True
+                    )
+                ]
+            )
         # A GPU adds in any order. In float64 that is not seen, so policy and reference stay equal.
         wide = torch.float64 if logp.is_cuda else logp.dtype
         sums = logp.new_zeros(len(batch.lengths), dtype=wide)
@@ -155,11 +163,114 @@ def token_log_probs(
     return -F.cross_entropy(logits, labels, reduction="none")
 
 
+class ChunkedLogProbs(torch.autograd.Function):
+    """token_log_probs of more rows than one chunk on a CPU, by a head without bias.
+
+    autograd would add the chunks' gradients in the precision of the weights, each addition as large
+    as the weights; here they are added in float32. And what follows the product is done in rows
+    that stay in the cache, several times faster than torch's log_softmax of a chunk.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, labels, softcap, scale, chunk):
+        ctx.save_for_backward(h, weight, labels)
+        ctx.settings = softcap, scale, chunk
+        chunks = zip(h.split(chunk), labels.split(chunk), strict=True)
+        return torch.cat([scores_of(F.linear(x, weight), y, softcap, scale) for x, y in chunks])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        h, weight, labels = ctx.saved_tensors
+        softcap, scale, chunk = ctx.settings
+        of_h, of_weight = [], torch.zeros_like(weight, dtype=gradient.dtype)
+        chunks = (x.split(chunk) for x in (h, labels, gradient))
+        for x, y, g in zip(*chunks, strict=True):
+            of_logits = F.linear(x, weight)
+            scores_of(of_logits, y, softcap, scale, g)
+            of_h.append(of_logits @ weight)
+            of_weight += of_logits.T @ x
+        return torch.cat(of_h), of_weight.to(weight.dtype), None, None, None, None
+
+
+def scores_of(logits: Tensor, labels: Tensor, softcap, scale, gradient: Tensor | None = None):
+    """Returns log p(label), (R,), of logits (R, V), in float32 or higher; see token_log_probs.
+
+    With gradient, (R,), that of the result, it overwrites the logits by their gradient instead.
+    """
+    scores = []
+    for i in range(0, len(logits), ROWS_IN_CACHE):
+        rows = slice(i, i + ROWS_IN_CACHE)
+        z, y = at_least_fp32(logits[rows]), labels[rows, None]
+        if scale != 1:
+            z = z / scale
+        if softcap is not None:
+            z = softcap * torch.tanh(z / softcap)
+        top = z.amax(-1, keepdim=True)
+        p = (z - top).exp_()
+        total = p.sum(-1, keepdim=True)
+        if gradient is None:
+            scores.append(z.gather(1, y) - top - total.log_())
+            continue
+        g = gradient[rows, None]
+        p.mul_(-g / total).scatter_add_(1, y, g)  # the softmax's gradient
+        if softcap is not None:
+            p *= 1 - (z / softcap).square_()
+        logits[rows] = p if scale == 1 else p / scale
+    return torch.cat(scores).squeeze(1) if scores else None
+
+
 @functools.cache
 def fused_log_probs():
     """Returns token_log_probs, compiled: the logits stay in bfloat16 in a GPU's memory, and are
     read and written a few times in place of some thirty."""
     return compiled(token_log_probs)
+
+
+class InCache(torch.autograd.Function):
+    """A norm of (1, T, ...), computed for as many tokens at once as a CPU's cache holds, and again
+    in backward. apply takes the norm's own forward, its argument and its parameters."""
+
+    @staticmethod
+    def forward(ctx, function, x, *parameters):
+        ctx.save_for_backward(x, *parameters)
+        ctx.function, out = function, torch.empty_like(x)
+        for part, result in in_parts(x, out):
+            result.copy_(function(part))
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, *parameters = ctx.saved_tensors
+        of_x, totals = torch.empty_like(x), [torch.zeros_like(at_least_fp32(p)) for p in parameters]
+        for part, g, result in in_parts(x, gradient, of_x):
+            with torch.enable_grad():
+                part = part.detach().requires_grad_()
+                out = ctx.function(part)
+            of_part, *found = torch.autograd.grad(out, (part, *parameters), g)
+            result.copy_(of_part)
+            for total, of_parameter in zip(totals, found, strict=True):
+                total += of_parameter
+        return None, of_x, *(t.to(p.dtype) for t, p in zip(totals, parameters, strict=True))
+
+
+def in_parts(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Yields the parts of tensors (1, T, ...), the same tokens of each, that InCache works on."""
+    tokens = max(1, NUMBERS_IN_CACHE // tensors[0][0, 0].numel())
+    return zip(*(x.split(tokens, dim=1) for x in tensors), strict=True)
+
+
+def norm_in_cache(module, forward: Callable, x: Tensor) -> Tensor:
+    """Returns forward(x), the module's own forward, on a CPU by InCache where x is large."""
+    if x.device.type != "cpu" or x.numel() <= 4 * NUMBERS_IN_CACHE:
+        return forward(x)
+    return InCache.apply(forward, x, *module.parameters())
+
+
+def keep_norms_in_cache(model):
+    """Changes a model's norms to work by norm_in_cache; the results stay the same."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = functools.partial(norm_in_cache, module, module.forward)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -519,6 +630,7 @@ def load_lm(
         if model.can_generate():  # from_config leaves these settings out, and the export has them
             model.generation_config = generation_settings(name)
     model.eval()  # for good: dropout would make policy and reference differ before the first step
+    keep_norms_in_cache(model)
     if checkpointing:
         for layer in model.base_model.layers:
             layer.forward = functools.partial(

@@ -228,13 +228,14 @@ def neutral_values(args) -> str:
 
 
 def compute_line(device: torch.device) -> str:
-    """Returns a line about the device, and on a CPU about threads and memory (cpu.py)."""
+    """Returns a line about the device, and on a CPU about what cpu.py finds and sets."""
     if device.type == "cuda":
         return f"device: {torch.cuda.get_device_name(device)}"
+    amx = "AMX for bfloat16" if cpu.has_amx() else "no AMX"
     threads = f"{torch.get_num_threads()} threads per process"
     spin = "GOMP_SPINCOUNT " + os.environ.get("GOMP_SPINCOUNT", "not set")
     return (
-        f"device: cpu, {threads} of {cpu.cores()} cores, {spin}"
+        f"device: cpu, {amx}, {threads} of {cpu.cores()} cores, {spin}"
         f"{'' if cpu.SPIN_COUNT_IS_OURS else ' (your own setting)'}; freed memory is"
         f" {'kept' if cpu.freed_memory_is_kept else 'given back'}"
     )
@@ -269,7 +270,8 @@ def print_header(
         f" {len(data.triplets) % args.batch_size} left over;"
         f" {run.max_steps} steps"
     )
-    print0(f"{compute_line(run.device)}; attention: {run.policy.attention_kind}")
+    kind = run.policy.attention_kind
+    print0(f"{compute_line(run.device)}; {args.dtype}; attention: {kind}")
     print0(f"data: {data.summary()}; fingerprint {data.fingerprint}")
     if held_out:
         print0(f"held out: {held_out.summary()}")

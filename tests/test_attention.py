@@ -72,13 +72,15 @@ def test_block_masks_are_the_mask_token_by_token(window, monkeypatch):
     assert "full_kv" in listed.values() or window in (1, 6)
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
-def test_the_loop_is_softmax_under_the_mask_token_by_token(softcap):
-    """One layout for several windows, as for a model whose layers alternate."""
+@pytest.mark.parametrize("softcap, fast", [(None, False), (None, True), (3.0, False)])
+def test_the_loop_is_softmax_under_the_mask_token_by_token(softcap, fast, monkeypatch):
+    """One layout for several windows, as for a model whose layers alternate; gradients too."""
+    monkeypatch.setattr(attention, "backward_is_slow", lambda q: fast)
     batch = pack(triplets_for([(5, 9, 4), (1, 3, 11), (12, 1, 1), (7, 20, 8)]))
     torch.manual_seed(0)
     q = torch.randn(1, 4, len(batch.ids), 8, dtype=torch.float64)
     k, v = torch.randn(2, 1, 2, len(batch.ids), 8, dtype=torch.float64)
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
     layout = attention.layout("loop", batch)
     for window in (None, 6, 1, 40, None):
         found = layout.attend(q, k, v, 0.3, window, softcap)
@@ -88,7 +90,42 @@ def test_the_loop_is_softmax_under_the_mask_token_by_token(softcap):
         mask = torch.from_numpy(naive_mask(batch.segments, window))
         weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
         expected = (weights @ v.repeat_interleave(2, dim=1)).transpose(1, 2)
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+        assert fast == ("FastBackward" in names_of_graph(found))
+        weights = torch.randn_like(expected)
+        gradients = [torch.autograd.grad((x * weights).sum(), (q, k, v)) for x in (found, expected)]
+        for x, y in ((found, expected), *zip(*gradients, strict=True)):
+            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+
+def names_of_graph(x):
+    """The names of the nodes next to a tensor in its graph."""
+    nodes = [x.grad_fn]
+    for _ in range(3):
+        nodes += [n for node in nodes for n, _ in node.next_functions if n and n not in nodes]
+    return " ".join(node.name() for node in nodes)
+
+
+@pytest.mark.parametrize("n, m", [(60, 60), (50, 90)])
+def test_the_fast_backward_is_as_precise_in_bfloat16_as_the_kernels_own(n, m):
+    """Scores of a few units, which bfloat16 alone would round by several hundredths."""
+    torch.manual_seed(0)
+    sizes = ((6, n), (2, m), (2, m))
+    qkv = [torch.randn(1, h, t, 64).bfloat16().requires_grad_() for h, t in sizes]
+    mask = torch.zeros(n, m).masked_fill(
+        ~torch.ones(n, m, dtype=torch.bool).tril(m - n), -torch.inf
+    )
+    weights, found = torch.randn(1, 6, n, 64).bfloat16(), []
+    for x, kind in (
+        ([x.detach().double().requires_grad_() for x in qkv], False), (qkv, False), (qkv, True)
+    ):  # fmt: skip
+        kept = mask.to(x[0].dtype)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "backward_is_slow", lambda q, kind=kind: kind)
+            out = attention.causal_attention(*x, None if n == m else kept, 0.4, None)
+        found.append(torch.autograd.grad(out, x, weights.to(out.dtype)))
+    for exact, own, fast in zip(*found, strict=True):
+        errors = [((x.double() - exact).norm() / exact.norm()).item() for x in (own, fast)]
+        assert errors[1] < 2 * errors[0] < 0.02, errors
 
 
 def naive_varlen(q, k, v, ends_q, ends_k, max_q, max_k, *, scale, window_size, enable_gqa=False):

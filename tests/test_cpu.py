@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 import distributed
 import report
+import settings
 from helpers import ROOT, run
 from miniature import world
 
@@ -208,6 +209,26 @@ def test_the_memory_of_a_rank_is_its_share_of_the_smallest_limit(own, monkeypatc
     assert distributed.available_memory(CPU) == math.inf  # nothing is refused
 
 
+# ---------------------------------------------------------------------- AMX
+
+
+@pytest.mark.parametrize(
+    "flags, expected", [("flags : fpu amx_bf16 amx_tile", True), ("flags : fpu", False), (None, 0)]
+)
+def test_amx_is_read_from_the_cpus_flags(flags, expected, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", (lambda path: flags) if flags else no_file)
+    assert cpu.has_amx() == expected
+
+
+@pytest.mark.parametrize("gpu, amx", [(False, False), (False, True), (True, False)])
+def test_the_small_real_model_computes_in_bfloat16_where_that_is_fast(gpu, amx, monkeypatch):
+    preset = settings.parse_args(["--preset=smollm2-135m-instruct"])
+    assert preset.dtype == settings.fast_dtype() and preset.disc_hidden == preset.max_length == 512
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(cpu, "has_amx", lambda: amx)
+    assert settings.fast_dtype() == ("bfloat16" if gpu or amx else "float32")
+
+
 # ---------------------------------------------------------------------- the header
 
 
@@ -216,10 +237,14 @@ def test_the_header_says_what_was_chosen(own, monkeypatch):
     monkeypatch.setattr(cpu, "cores", lambda: 8)
     monkeypatch.setattr(cpu, "SPIN_COUNT_IS_OURS", True)
     monkeypatch.setattr(cpu, "freed_memory_is_kept", True)
+    monkeypatch.setattr(cpu, "has_amx", lambda: True)
     own(GOMP_SPINCOUNT="10000")
     assert report.compute_line(CPU) == (
-        "device: cpu, 3 threads per process of 8 cores, GOMP_SPINCOUNT 10000; freed memory is kept"
+        "device: cpu, AMX for bfloat16, 3 threads per process of 8 cores, GOMP_SPINCOUNT 10000;"
+        " freed memory is kept"
     )
+    monkeypatch.setattr(cpu, "has_amx", lambda: False)
+    assert report.compute_line(CPU).startswith("device: cpu, no AMX, 3 threads ")
     own(GOMP_SPINCOUNT="7")
     monkeypatch.setattr(cpu, "SPIN_COUNT_IS_OURS", False)
     monkeypatch.setattr(cpu, "freed_memory_is_kept", False)
@@ -232,6 +257,6 @@ def test_the_header_says_what_was_chosen(own, monkeypatch):
 
 def test_a_runs_header_has_that_line(tiny_world, tmp_path, capsys):
     run(tiny_world, tmp_path / "r", "--max_steps=1")
-    found = re.findall(r"^device: cpu, (\d+) threads.*; attention: loop$",
+    found = re.findall(r"^device: cpu, .*AMX.*, (\d+) threads.*; float32; attention: loop$",
                        capsys.readouterr().out, re.M)  # fmt: skip
     assert found == [str(torch.get_num_threads())] and not dist.is_initialized()

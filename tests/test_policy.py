@@ -181,11 +181,32 @@ def test_rejected_does_not_see_chosen(tiny_world):
     assert logp[0][1] == logp[1][1] and logp[0][0] != logp[1][0]
 
 
-def test_a_head_in_chunks_is_the_head(tiny_world, monkeypatch):
-    lm, batch = load_lm(str(tiny_world / "gemma2"), torch.float64), pack(triplets_for(LENGTHS))
-    whole = lm(batch).logp
-    monkeypatch.setitem(policy.CHUNK, "cpu", (3, 1))
-    torch.testing.assert_close(lm(batch).logp, whole, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("family, scale", [("gemma2", 3.0), ("llama", 1.0)])
+def test_a_head_in_chunks_is_the_head(family, scale, tiny_world, monkeypatch):
+    lm, batch = load_lm(str(tiny_world / family), torch.float64), pack(triplets_for(LENGTHS))
+    lm.model.config.logits_scaling, found = scale, []
+    for chunk in (1000, 3):
+        monkeypatch.setitem(policy.CHUNK, "cpu", (chunk, 1))
+        monkeypatch.setattr(policy, "ROWS_IN_CACHE", 2)
+        logp = lm(batch).logp
+        weights = torch.linspace(-1, 2, len(logp), dtype=torch.float64)
+        found.append([logp, *torch.autograd.grad(weights @ logp, lm.parameters())])
+    for whole, chunked in zip(*found, strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama"])
+def test_norms_in_parts_are_the_norms(family, tiny_world, monkeypatch):
+    lm, batch = load_lm(str(tiny_world / family), torch.float64), pack(triplets_for(LENGTHS))
+    found = []
+    for numbers in (2**18, 150):
+        monkeypatch.setattr(policy, "NUMBERS_IN_CACHE", numbers)
+        logp = lm(batch).logp
+        found.append([logp, *torch.autograd.grad(logp.square().sum(), lm.parameters())])
+    assert "InCache" in str(lm.model.base_model.norm(lm(batch).h).grad_fn)
+    for whole, parts in zip(*found, strict=True):
+        # transformers computes a norm in float32, also in a float64 model
+        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_the_attention_refuses_a_plain_call(tiny_world):
