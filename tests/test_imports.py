@@ -57,7 +57,7 @@ def test_the_core_imports_the_miniature_only_where_it_is_used_and_nothing_that_i
     for name in CORE:
         assert not any("." in other for other in imported(at_module_level(tree(name)))), name
         anywhere = {other for other in imported(ast.walk(tree(name))) if "." in other}
-        assert anywhere <= {"miniature.world"}, name
+        assert anywhere <= {"miniature.world", "tools.ifeval"}, name
 
 
 def test_evaluation_knows_no_trainer():
@@ -70,6 +70,8 @@ def test_every_program_imports_cpu_before_anything_that_may_import_torch():
     programs = [name for name, path in FILES.items() if "if __name__ ==" in path.read_text()]
     assert {"train_ganpo", "eval_alpaca", "apo.train_apo", "tools.bench"} <= {*programs}
     for name in programs:
+        if name == "tools.ifeval":  # which runs where there is no torch
+            continue
         imports = [n for n in tree(name).body if isinstance(n, ast.Import | ast.ImportFrom)]
         assert isinstance(imports[0], ast.Import), name
         assert [alias.name for alias in imports[0].names] == ["cpu"], name

@@ -211,4 +211,4 @@ def test_what_cannot_be_followed_is_one_line(folder, tmp_path, curves, monkeypat
     write(folder, [1], ["high"])
     assert "metrics.csv: could not convert" in refused(folder, "--to=tensorboard", "--once")
     Path(folder / "metrics.csv").write_text("loss\n1\n")
-    assert "metrics.csv: 'step'" in refused(folder, "--to=tensorboard", "--once")
+    assert "metrics.csv: there is no 'step'" in refused(folder, "--to=tensorboard", "--once")
