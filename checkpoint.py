@@ -23,7 +23,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -95,16 +95,23 @@ def claim_out_dir(args, stack: ExitStack) -> Path:
 
     def claim():
         folder = check_out_dir(args)
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = stack.enter_context((folder / ".lock").open("w"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder} is in use by another process") from None
+        stack.enter_context(locked(folder))
         return folder
 
     dist.barrier()  # until every rank has looked at the folder, before rank 0 changes it
     return from_rank_0(claim, "--out_dir")
+
+
+@contextmanager
+def locked(folder: Path):
+    """Creates a folder and locks it for a `with` block; raises InputError if it is locked."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder} is in use by another process") from None
+        yield
 
 
 def claim_with_config(args, stack: ExitStack, fingerprint: str, **more) -> Path:

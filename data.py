@@ -292,7 +292,11 @@ def check_columns(source: str, rows: Sequence):
 SURROGATE = re.compile("[\ud800-\udfff]")
 THINKING = re.compile(r"[<[](/?)(think|thinking|thought|reasoning)[>\]]", re.IGNORECASE)
 HH_TURN = re.compile(r"\r?\n\r?\n(Human|Assistant):")  # how hh-rlhf writes a chat as one string
-SPEAKER = re.compile(r"^(Human|Assistant):", re.MULTILINE)
+OTHER_TEMPLATES = re.compile(
+    r"<\|(im_start|im_end|start_header_id|end_header_id|eot_id|user|assistant|system)\|>|\[/?INST\]"
+    r"|<(start|end)_of_turn>|^(### ?)?(Human|Assistant|Instruction|Response|USER|ASSISTANT):",
+    re.MULTILINE,
+)
 CHAT_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"}
 TOOL_ROLES = set("tool tool_call tool_response function function_call observation ipython".split())
@@ -538,19 +542,21 @@ def unread_columns(row: dict) -> list[str]:
         said = [text.strip() for m in chosen for text in m.values() if isinstance(text, str)]
         if len(chosen) > 1 and isinstance(prompt, str) and prompt.strip() not in said:
             unread.append("prompt")
-    unread = [name for name in unread if filled(row[name]) and not is_metadata(name)]
+    unread = [name for name in unread if filled(row[name]) and not is_metadata(name, row[name])]
     for column in dict.fromkeys(chats):
         chat = row.get(column)
         for message in [chat] if isinstance(chat, dict) else chat if isinstance(chat, list) else []:
             for key in message.keys() - {"role", "content", "from", "value"}:
-                if filled(message[key]) and not is_metadata(key):
+                if filled(message[key]) and not is_metadata(key, message[key]):
                     unread.append(f"{column}.{key}")
     return unread
 
 
-def is_metadata(name: str) -> bool:
+def is_metadata(name: str, value) -> bool:
     """Returns whether a column's name says metadata: an id, or only words of METADATA beside the
-    names of the columns that it is about."""
+    names of the columns that it is about; and the value is no text of more than three words."""
+    if isinstance(value, str) and len(value.split()) > 3:
+        return False
     words = re.split(r"\W|_", name.lower())
     about = {*words} - {"chosen", "rejected", "prompt"}
     return bool(about) and (about <= METADATA or words[-1] in ("id", "index"))
@@ -838,9 +844,8 @@ class ChatEncoder:
         if any(ids[-1] != self.end_of_turn for ids in answers):
             raise RowFault("the template ends no turn")
         left_out = any(
-            text.count(said) < times
+            leaves_out(text, [*messages, assistant_turn(answer)])
             for (_, text), answer in zip(encoded, (chosen, rejected), strict=True)
-            for said, times in Counter(what_is_said([*messages, assistant_turn(answer)])).items()
         )
         chosen, rejected = (ids[n:max_length] for ids in answers)
         if n >= max_length:
@@ -849,10 +854,17 @@ class ChatEncoder:
             raise TooLong("identical after truncation")
         notes["text left out by the chat template"] += left_out
         notes["prompt is no token prefix"] += n < len(prompt)
+        unknown = {self.tokenizer.unk_token_id} - {self.bos, self.end_of_turn}
+        notes["unknown characters"] += not unknown.isdisjoint([*prompt, *chosen, *rejected])
         notes["truncated"] += max(map(len, answers)) > max_length
         notes["system turn folded"] += self.folds_system and messages[0]["role"] == "system"
         ids = (np.array(ids, dtype=np.int32) for ids in (prompt[:n], chosen, rejected))
         return Triplet(*ids, row)
+
+
+def leaves_out(text: str, messages: list[dict]) -> bool:
+    """Returns whether a rendered text lacks something that the messages say."""
+    return any(text.count(said) < n for said, n in Counter(what_is_said(messages)).items())
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
@@ -1025,7 +1037,9 @@ def noticed(row: dict, messages: list[dict], *answers: str, stripped: bool) -> d
         f"thinking {kept} answers": sum(map(bool, of_answers)),
         f"thinking {kept} earlier turns": sum(map(bool, of_turns)),
         "tags of thinking within an answer": any(map(THINKING.search, rests)),
-        "Human: or Assistant: begins a line": any(map(SPEAKER.search, (*earlier, asked, *answers))),
+        "marks of a chat template in a text": any(
+            map(OTHER_TEMPLATES.search, (*earlier, asked, *answers))
+        ),
         "empty prompt": asked == "",
         "answers repeat the prompt": asked != "" and all(a.startswith(asked) for a in answers),
         "score tie": scored and better == worse,

@@ -31,6 +31,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -45,7 +46,7 @@ from huggingface_hub import hf_hub_download
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import distributed
-from checkpoint import check_writable, load_discriminators, sha256, write_synced
+from checkpoint import check_writable, load_discriminators, locked, sha256, write_synced
 from data import (
     ChatEncoder,
     InputError,
@@ -54,6 +55,7 @@ from data import (
     hub_check,
     input_error_for,
     json_lines,
+    leaves_out,
     prompt_column,
     read_rows,
     split_thinking,
@@ -88,6 +90,7 @@ from policy import (
     positions_of,
     read_any_config,
     read_tokenizer,
+    unused_settings,
 )
 from report import read_config
 from reward_model import RewardModel, hidden_states, read_reward_model
@@ -264,8 +267,10 @@ class Writer:
     def read(self, chats: list[list[dict]]):
         """Reads all prompts, and keeps what is to be said of them.
 
-        Sets cut, the numbers of those that are longer than there is room for, and spelled, how many
-        spell out special tokens. Raises InputError if one cannot be used or if there is no room.
+        Sets cut, the numbers of those that are longer than there is room for; spelled, how many
+        spell out special tokens; folded, how many have a system turn that goes into the user's; and
+        left_out, how many the chat template does not show whole. Raises InputError if one cannot be
+        used or if there is no room.
         """
         if self.room < LEAST_ROOM:
             positions, whose = positions_of(self.config), self.flag.strip("-")
@@ -279,6 +284,9 @@ class Writer:
         self.cut = {i for i, prompt in enumerate(ids) if len(prompt) > self.room}
         found = (map(self.encoder.special_text.search, (m["content"] for m in c)) for c in chats)
         self.spelled = sum(map(any, found))
+        encoder = self.encoder
+        self.folded = sum(encoder.folds_system and c[0]["role"] == "system" for c in chats)
+        self.left_out = sum(leaves_out(encoder.render(encoder.fold(c), True), c) for c in chats)
 
     @property
     def lm(self) -> PreTrainedModel:
@@ -292,7 +300,7 @@ class Writer:
     def unfinished(self, n: int, out: Path, name: str) -> bool:
         """Returns whether answers to n prompts are missing in the files out/name-T*."""
         files = [answers_file(out, name, t) for t in self.args.temperatures]
-        rows = [f.read_text().count("\n") if f.exists() else 0 for f in files]
+        rows = [f.read_bytes().count(b"\n") if f.exists() else 0 for f in files]
         return min(rows) < n * self.args.samples
 
     def sampling(self, temperature: float) -> dict:
@@ -378,12 +386,21 @@ class Writer:
         rows = []
         if path.exists() and path.stat().st_size:
             check_same_settings(path, settings)
-            for line in path.read_text().splitlines():
+            samples = settings["samples"]
+            for i, line in enumerate(path.read_bytes().splitlines()):
                 try:
-                    rows.append(json.loads(line))
+                    row = json.loads(line)
                 except ValueError:  # the command was killed while it wrote this line
                     break
-            rows = rows[: len(rows) // settings["samples"] * settings["samples"]]
+                kinds = {"prompt": int, "sample": int, "text": str, "tokens": int, "ended": bool}
+                whole = isinstance(row, dict) and all(
+                    isinstance(row.get(key), kind) for key, kind in kinds.items()
+                )
+                if not whole or (row["prompt"], row["sample"]) != divmod(i, samples):
+                    wrong = f"line {i + 1} is not the answer that belongs there"
+                    raise InputError(f"{path}: {wrong}: remove the file")
+                rows.append(row)
+            rows = rows[: len(rows) // samples * samples]
         else:
             text = json.dumps(settings, indent=1) + "\n"
             write_synced(path.with_suffix(".meta.json"), text)
@@ -817,6 +834,12 @@ def evaluate(args, device: torch.device) -> tuple[list[dict], list[dict]]:
         if who.spelled:
             spell = f"{who.spelled} of {len(prompts)} prompts spell out special tokens"
             print0(f"{who.flag}: {spell}, which the chat template makes real ones")
+        if who.folded:
+            print0(f"{who.flag}: {who.folded} system turns stand before the user's text")
+        if who.left_out:
+            print0(f"{who.flag}: the chat template leaves out text of {who.left_out} prompts")
+        if unused := unused_settings(who.name):
+            print0(f"{who.flag}: settings of generation_config.json not used: {unused}")
         if who.encoder.day:
             print0(f"{who.flag}: the chat template writes the date, here always {who.encoder.day}")
     distributed.from_rank_0(lambda: out.mkdir(parents=True, exist_ok=True), "--out")
@@ -1032,7 +1055,7 @@ def main(argv: list[str] | None = None):
     try:
         args = parse_args(argv)
         miniature = is_miniature(args.prompts, args.seed)
-        with distributed.session(args.timeout, miniature) as device:
+        with ExitStack() as stack, distributed.session(args.timeout, miniature) as device:
             for reason, unused in unused_flags(args, argv).items():
                 print0(f"not used with {reason}: {', '.join(unused)}")
             if args.judge == "annotations":
@@ -1040,6 +1063,8 @@ def main(argv: list[str] | None = None):
             else:
                 args.day = distributed.from_rank_0(lambda: first_day(Path(args.out)), "--out")
                 build_miniature(args, partial(check_input, device=device))
+                lock = partial(stack.enter_context, locked(Path(args.out)))
+                distributed.from_rank_0(lock, "--out")
                 results, scores = evaluate(args, device)
             out = Path(args.out)
             distributed.from_rank_0(lambda: write_results(out, results, scores), "--out")

@@ -40,6 +40,7 @@ from policy import (
     positions_of,
     read_any_config,
     read_tokenizer,
+    unused_settings,
 )
 
 COMPACT_BELOW = 0.9  # with a smaller share of unfinished rows, finished ones leave the batch
@@ -73,9 +74,12 @@ def pick(
     logits is (n, V), u (n,) in [0, 1). The token is the first whose cumulated probability exceeds
     u; at temperature 0 it is the most probable one. With top_k > 0 only the k most probable tokens
     are drawn from, and with top_p < 1 of these only the fewest that together reach that share.
+    Raises FloatingPointError if the logits are not finite.
     """
     if temperature == 0:
-        return logits.max(-1).indices  # on a CPU in less than half of argmax's time
+        highest = logits.max(-1)  # on a CPU in less than half of argmax's time
+        check_finite(highest.values)
+        return highest.indices
     p = (logits.double() / temperature).softmax(-1)
     if top_k or top_p < 1:
         ordered, tokens = p.sort(dim=-1, descending=True, stable=True)
@@ -86,8 +90,18 @@ def pick(
         ordered[:, 1:][beyond[:, 1:]] = 0  # the most probable one always stays
         p = torch.zeros_like(p).scatter(-1, tokens, ordered)
     cdf = p.cumsum(-1)
+    check_finite(cdf[:, -1])
     u = u[:, None] * cdf[:, -1:]  # the last sum is 1 except for rounding
     return torch.searchsorted(cdf, u, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+
+
+def check_finite(x: Tensor):
+    """Raises FloatingPointError unless all values, which are made of logits, are finite."""
+    if not x.isfinite().all():
+        raise FloatingPointError(
+            "the model's logits are not finite: its weights hold such numbers or exceed its"
+            " precision, or the temperature is too close to 0"
+        )
 
 
 @torch.inference_mode()
@@ -352,12 +366,14 @@ def main(argv: list[str] | None = None):
         config, chats = read_any_config(args.model), [user_chat(p) for p in args.prompts]
         encoder = ChatEncoder(read_tokenizer(args.model, args.chat_template))
         check_token_ids(prompts_to_ids(encoder, chats), config, f"--model {args.model}")
+        if unused := unused_settings(args.model):
+            print(f"settings of generation_config.json not used: {unused}")
         settings = {k: getattr(args, k) for k in ("temperature", "max_new_tokens", "seed")}
         with distributed.session(timeout=600) as device:  # for the number of threads
             with input_error_for(f"--model {args.model}"):
                 lm = load_weights(AutoModelForCausalLM, args.model, dtype="auto").to(device)
             answers = generate(lm, encoder, chats, **settings)
-    except (InputError, OSError) as error:
+    except (InputError, FloatingPointError, OSError) as error:
         refuse(program, error)
     for prompt, answer in zip(args.prompts, answers, strict=True):
         cut = "" if answer.ended else f" [cut at --max_new_tokens {args.max_new_tokens}]"

@@ -602,6 +602,25 @@ def generation_settings(name: str) -> GenerationConfig:
         )
 
 
+# settings of transformers' generate that generate.py has no use for, and their neutral values
+UNUSED_SETTINGS = {
+    "repetition_penalty": (1.0,), "no_repeat_ngram_size": (0,), "min_p": (0.0,),
+    "typical_p": (1.0,), "suppress_tokens": (), "begin_suppress_tokens": (), "bad_words_ids": (),
+    "stop_strings": (),
+}  # fmt: skip
+
+
+def unused_settings(name: str) -> str:
+    """Returns the settings of a folder's or Hub id's generation that generate.py does not use."""
+    config = generation_settings(name)
+    values = {key: getattr(config, key, None) for key in UNUSED_SETTINGS}
+    return ", ".join(
+        f"{key} {value}"
+        for key, value in values.items()
+        if value is not None and value not in UNUSED_SETTINGS[key]
+    )
+
+
 def load_lm(
     name: str,
     dtype: torch.dtype,

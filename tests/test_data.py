@@ -391,7 +391,7 @@ def test_real_data_sets_keep_and_drop_what_was_counted(real):
 
         names = [f"ultrafeedback_{x}" for x in (*SCHEMAS_WITH_SCORES, "plain.jsonl.gz",
                                                 "explicit_chat.jsonl.gz")]  # fmt: skip
-        first = check_schemas(names, 95, load, **{"Human: or Assistant: begins a line": 1})
+        first = check_schemas(names, 95, load, **{"marks of a chat template in a text": 1})
         assert (len(first.triplets), first.n_rows) == (770, 774)
         implicit, explicit = (
             load(f"llamafactory_dpo_en_{kind}.jsonl.gz") for kind in ("implicit", "explicit")
@@ -562,7 +562,26 @@ def test_a_text_that_merely_holds_the_words_of_hh_rlhf_stays_one_turn_and_is_cou
 ):
     pairs = load(tmp_path, [row(prompt, "yes", "no\n\nHuman: more"), row("q", "yes", "no")])
     assert lists(pairs)[0][0] == ids(f"<s><|user|>{prompt}<|end|>\n<|assistant|>")
-    assert pairs.notes == {"Human: or Assistant: begins a line": 1}
+    assert pairs.notes == {"marks of a chat template in a text": 1}
+
+
+@pytest.mark.parametrize("text", [
+    "<|im_start|>user\nq<|im_end|>", "[INST] q [/INST]", "<start_of_turn>user\nq", "USER: q",
+    "### Human: q", "a\n### Response:\nb",
+])  # fmt: skip
+def test_marks_of_another_chat_template_are_counted(text, tmp_path):
+    pairs = load(tmp_path, [row(text, "yes", "no"), row("a USER: q [x]", "yes", "no")])
+    assert pairs.notes == {"marks of a chat template in a text": 1}
+
+
+def test_unknown_characters_and_texts_called_metadata_are_counted_and_named(tmp_path):
+    tokenizer = tiny.__wrapped__(CHAT)
+    tokenizer.unk_token = "d"  # as if no token were known for it
+    rows = [row("q", "yes", "nod") | {"source": "The cat sat on the mat."}, row("q", "yes", "no")]
+    pairs = load(tmp_path, rows, tokenizer)
+    assert pairs.notes == {"unknown characters": 1} and pairs.unread == ("source",)
+    rows[0]["source"] = "ultrachat 200k"
+    assert load(tmp_path, rows).unread == ()
 
 
 def test_answers_that_repeat_the_prompt_and_empty_prompts_are_counted(tmp_path):

@@ -37,7 +37,7 @@ import generate as generate_py
 import report
 import reward_model
 import winrate
-from checkpoint import load_discriminators
+from checkpoint import load_discriminators, locked
 from data import ChatEncoder, InputError, load_pairs, read_rows, user_chat
 from distributed import session
 from generate import Answer, generate
@@ -703,6 +703,47 @@ def test_the_sidecar_says_how_the_answers_were_made(exam, tmp_path):
     assert meta["chat_template"] == tiny().chat_template and "torch" in meta["versions"]
     other = eval_alpaca.fingerprint(str(exam / "other"), None)
     assert meta["fingerprint"] == eval_alpaca.fingerprint(str(exam / "model"), None) != other
+
+
+def test_answers_that_are_not_those_of_the_prompts_are_refused(exam, tmp_path):
+    """As of two programs that wrote into one folder, or of an edited file."""
+    examine(exam, tmp_path)
+    file = tmp_path / "model-T0.jsonl"
+    rows = lines_of(file)
+    for i, spoiled in enumerate(([rows[1], rows[0], *rows[2:]], [*rows, {}], [None, *rows])):
+        write_lines(file, spoiled)
+        line = (1, 13, 1)[i]
+        with pytest.raises(
+            SystemExit, match=f"T0.jsonl: line {line} is not the answer that belongs"
+        ):
+            examine(exam, tmp_path)
+    write_lines(file, rows)
+    with locked(tmp_path), pytest.raises(SystemExit, match="is in use by another process"):
+        examine(exam, tmp_path)
+    examine(exam, tmp_path)
+
+
+LAST = (  # shows the last turn of the user, and the answer to it
+    "{% set shown = 2 if messages[-1].role == 'assistant' else 1 %}{% for m in messages[-shown:] %}"
+    "<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_what_an_evaluation_does_not_use_of_a_model_is_said(exam, tmp_path, capsys):
+    model = shutil.copytree(exam / "model", tmp_path / "model")
+    settings = {"repetition_penalty": 1.05, "min_p": 0.0, "stop_strings": ["x"]}
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    (tmp_path / "last.jinja").write_text(LAST)
+    chat = [{"role": r, "content": f"{r} says"} for r in ("user", "assistant", "user")]
+    write_lines(tmp_path / "chats.jsonl", [{"prompt": chat}, {"prompt": chat[-1:]}])
+    flags = [f"--model={model}", f"--prompts={tmp_path / 'chats.jsonl'}", "--judge=gpt4"]
+    flags += [f"--chat_template={tmp_path / 'last.jinja'}", "--max_new_tokens=4"]
+    eval_alpaca.main([*flags, f"--out={tmp_path / 'out'}", "--temperatures", "0"])
+    said = capsys.readouterr().out
+    assert "--model: the chat template leaves out text of 1 prompts\n" in said
+    unused = "repetition_penalty 1.05, stop_strings ['x']"
+    assert f"--model: settings of generation_config.json not used: {unused}\n" in said
 
 
 def test_an_interrupted_evaluation_goes_on_at_the_first_missing_prompt(exam, tmp_path, monkeypatch):

@@ -461,6 +461,11 @@ def test_pick_draws_each_token_as_often_as_its_probability():
     ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     assert not {0, 7} & set(pick(logits.expand(2, -1), 1.0, ends).tolist())
     assert pick(logits, 0, u[:1]) == logits.argmax()
+    for wrong in (math.nan, math.inf):
+        logits[0, 3] = wrong
+        for t in (0, 0.7):
+            with pytest.raises(FloatingPointError, match="logits are not finite: its weights"):
+                pick(logits, t, u[:1])
 
 
 def test_noise_depends_on_seed_prompt_and_sample_and_on_nothing_else():
