@@ -49,14 +49,13 @@ from attention_gpu import compiled
 from data import InputError, find_template, hub_check, input_error_for, is_local, reason_of
 from packing import Packed
 
-# The head works in chunks of rows, so that the logits stay in a CPU's cache and do not fill a GPU's
-# memory: the least number of rows and of logits in a chunk. On a GPU that is 1 GiB in float32,
-# because the gradient of the head's weights is added once per chunk.
+# The head works in chunks of rows, so that the logits do not fill the memory: the least number of
+# rows and of logits in a chunk. On a GPU that is 1 GiB in float32. The gradient of the head's
+# weights is added once per chunk.
 CHUNK = {"cpu": (256, 2**25), "cuda": (1024, 2**28)}
 
 
 ROWS_IN_CACHE = 16  # of the logits on a CPU, for what follows the product
-NUMBERS_IN_CACHE = 2**18  # that a norm works on at once on a CPU, if it has four times as many
 
 
 class LatentsAndLogProbs(NamedTuple):
@@ -224,53 +223,6 @@ def fused_log_probs():
     """Returns token_log_probs, compiled: the logits stay in bfloat16 in a GPU's memory, and are
     read and written a few times in place of some thirty."""
     return compiled(token_log_probs)
-
-
-class InCache(torch.autograd.Function):
-    """A norm of (1, T, ...), computed for as many tokens at once as a CPU's cache holds, and again
-    in backward. apply takes the norm's own forward, its argument and its parameters."""
-
-    @staticmethod
-    def forward(ctx, function, x, *parameters):
-        ctx.save_for_backward(x, *parameters)
-        ctx.function, out = function, torch.empty_like(x)
-        for part, result in in_parts(x, out):
-            result.copy_(function(part))
-        return out
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, *parameters = ctx.saved_tensors
-        of_x, totals = torch.empty_like(x), [torch.zeros_like(at_least_fp32(p)) for p in parameters]
-        for part, g, result in in_parts(x, gradient, of_x):
-            with torch.enable_grad():
-                part = part.detach().requires_grad_()
-                out = ctx.function(part)
-            of_part, *found = torch.autograd.grad(out, (part, *parameters), g)
-            result.copy_(of_part)
-            for total, of_parameter in zip(totals, found, strict=True):
-                total += of_parameter
-        return None, of_x, *(t.to(p.dtype) for t, p in zip(totals, parameters, strict=True))
-
-
-def in_parts(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Yields the parts of tensors (1, T, ...), the same tokens of each, that InCache works on."""
-    tokens = max(1, NUMBERS_IN_CACHE // tensors[0][0, 0].numel())
-    return zip(*(x.split(tokens, dim=1) for x in tensors), strict=True)
-
-
-def norm_in_cache(module, forward: Callable, x: Tensor) -> Tensor:
-    """Returns forward(x), the module's own forward, on a CPU by InCache where x is large."""
-    if x.device.type != "cpu" or x.numel() <= 4 * NUMBERS_IN_CACHE:
-        return forward(x)
-    return InCache.apply(forward, x, *module.parameters())
-
-
-def keep_norms_in_cache(model):
-    """Changes a model's norms to work by norm_in_cache; the results stay the same."""
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = functools.partial(norm_in_cache, module, module.forward)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -649,7 +601,6 @@ def load_lm(
         if model.can_generate():  # from_config leaves these settings out, and the export has them
             model.generation_config = generation_settings(name)
     model.eval()  # for good: dropout would make policy and reference differ before the first step
-    keep_norms_in_cache(model)
     if checkpointing:
         for layer in model.base_model.layers:
             layer.forward = functools.partial(

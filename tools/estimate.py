@@ -9,12 +9,10 @@ tools/bench.py. It needs no GPU and reads no weight. Shapes as in train_ganpo.py
 
 import cpu  # noqa: F401  must come before torch
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
-from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import (
@@ -28,7 +26,6 @@ from transformers import PretrainedConfig
 import attention
 import lora
 import paired
-import policy
 import train_ganpo
 from data import InputError
 from discriminator import autocast_of, build_critics
@@ -54,10 +51,7 @@ def run_without_data(args, config: PretrainedConfig, device: torch.device) -> It
     run.of_rewards = OPO_LOSSES[args.loss].needs_ref, args.beta
     run.critics = build_critics(args, config.hidden_size)  # small enough to hold data
     run.autocast = autocast_of(torch.device("cpu"), dtype)
-    # only a CPU works in parts
-    numbers = math.inf if device.type == "cuda" else policy.NUMBERS_IN_CACHE
-    parts = mock.patch.object(policy, "NUMBERS_IN_CACHE", numbers)
-    with FakeTensorMode(allow_non_fake_inputs=True), parts:
+    with FakeTensorMode(allow_non_fake_inputs=True):
         load = partial(load_lm, dtype=dtype, shell="cpu")
         adapters = lora.adapters_of(args)
         run.policy = load(args.model, checkpointing=args.checkpointing, adapters=adapters)
