@@ -807,8 +807,9 @@ def compare(own: list[dict], other: list[dict] | None):
             row["win"] = float(np.heaviside(row["score"] - other[i]["score"], 0.5))
 
 
-def evaluate(args, device: torch.device) -> tuple[list[dict], list[dict]]:
-    """Returns the rows of results.json and of scores.jsonl; writes the answers to --out."""
+def evaluate(args, device: torch.device, stack: ExitStack) -> tuple[list[dict], list[dict]]:
+    """Returns the rows of results.json and of scores.jsonl; writes the answers to --out, which it
+    locks until the stack ends."""
     inputs = check_input(args, device)
     prompts, writer, out = inputs.prompts, inputs.writer, Path(args.out)
     reward = None
@@ -842,10 +843,10 @@ def evaluate(args, device: torch.device) -> tuple[list[dict], list[dict]]:
             print0(f"{who.flag}: settings of generation_config.json not used: {unused}")
         if who.encoder.day:
             print0(f"{who.flag}: the chat template writes the date, here always {who.encoder.day}")
-    distributed.from_rank_0(lambda: out.mkdir(parents=True, exist_ok=True), "--out")
     for name, who in (("model", writer), ("baseline", inputs.baseline)):
         if who and who.unfinished(len(prompts), out, name):
             who.lm  # noqa: B018  read now, so that none writes if the other cannot be used
+    distributed.from_rank_0(partial(stack.enter_context, locked(out)), "--out")
     results, scores = [], []
     names = "model baseline judge reward_model seed strip_thinking".split()
     settings = {k: getattr(args, k) for k in names}
@@ -1063,9 +1064,7 @@ def main(argv: list[str] | None = None):
             else:
                 args.day = distributed.from_rank_0(lambda: first_day(Path(args.out)), "--out")
                 build_miniature(args, partial(check_input, device=device))
-                lock = partial(stack.enter_context, locked(Path(args.out)))
-                distributed.from_rank_0(lock, "--out")
-                results, scores = evaluate(args, device)
+                results, scores = evaluate(args, device, stack)
             out = Path(args.out)
             distributed.from_rank_0(lambda: write_results(out, results, scores), "--out")
             print0(f"{table(results)}\nwrote {out}")

@@ -25,7 +25,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 import train_ganpo
 from data import Triplet
@@ -130,6 +135,14 @@ def triplets_for(lengths, seed=0):
     g = torch.Generator().manual_seed(seed)
     ids = lambda n: torch.randint(6, VOCAB, (n,), generator=g).numpy()  # noqa: E731
     return [Triplet(*(ids(n) for n in row), i) for i, row in enumerate(lengths)]
+
+
+def make_reward_model(folder, base):
+    """A reward model of random head on a base's weights; returns its folder as text."""
+    torch.manual_seed(5)
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=1).save_pretrained(folder)
+    tiny().save_pretrained(folder)
+    return str(folder)
 
 
 # ---------------------------------------------------------------------- files

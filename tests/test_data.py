@@ -574,9 +574,10 @@ def test_marks_of_another_chat_template_are_counted(text, tmp_path):
     assert pairs.notes == {"marks of a chat template in a text": 1}
 
 
-def test_unknown_characters_and_texts_called_metadata_are_counted_and_named(tmp_path):
+def test_unknown_characters_and_texts_called_metadata_are_counted_and_named(tmp_path, monkeypatch):
     tokenizer = tiny.__wrapped__(CHAT)
-    tokenizer.unk_token = "d"  # as if no token were known for it
+    unknown = tokenizer.convert_tokens_to_ids("d")  # as if no token were known for it
+    monkeypatch.setattr(type(tokenizer), "unk_token_id", unknown, raising=False)
     rows = [row("q", "yes", "nod") | {"source": "The cat sat on the mat."}, row("q", "yes", "no")]
     pairs = load(tmp_path, rows, tokenizer)
     assert pairs.notes == {"unknown characters": 1} and pairs.unread == ("source",)

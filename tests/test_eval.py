@@ -51,6 +51,7 @@ from helpers import (
     json_of,
     lines_of,
     make_model,
+    make_reward_model,
     read_csv,
     rows_of,
     run,
@@ -737,7 +738,9 @@ def test_what_an_evaluation_does_not_use_of_a_model_is_said(exam, tmp_path, caps
     (tmp_path / "last.jinja").write_text(LAST)
     chat = [{"role": r, "content": f"{r} says"} for r in ("user", "assistant", "user")]
     write_lines(tmp_path / "chats.jsonl", [{"prompt": chat}, {"prompt": chat[-1:]}])
-    flags = [f"--model={model}", f"--prompts={tmp_path / 'chats.jsonl'}", "--judge=gpt4"]
+    judge = make_reward_model(tmp_path / "judge", exam / "model")
+    flags = [f"--model={model}", f"--prompts={tmp_path / 'chats.jsonl'}", "--judge=rm"]
+    flags += [f"--reward_model={judge}"]
     flags += [f"--chat_template={tmp_path / 'last.jinja'}", "--max_new_tokens=4"]
     eval_alpaca.main([*flags, f"--out={tmp_path / 'out'}", "--temperatures", "0"])
     said = capsys.readouterr().out

@@ -47,6 +47,7 @@ from helpers import (
     kept_bytes,
     launch,
     make_model,
+    make_reward_model,
     naive_forward,
     rows_of,
     run,
@@ -256,14 +257,6 @@ def test_a_models_own_code_is_never_run(tiny_world, tmp_path):
 
 
 # ---------------------------------------------------------------------- what is not the weights
-
-
-def make_reward_model(folder, base):
-    """A reward model of random head on a base's weights; returns its folder as text."""
-    torch.manual_seed(5)
-    AutoModelForSequenceClassification.from_pretrained(base, num_labels=1).save_pretrained(folder)
-    tiny().save_pretrained(folder)
-    return str(folder)
 
 
 def programs(world_folder, out, model, reward=False):
