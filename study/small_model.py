@@ -11,7 +11,6 @@ finished; a command that was killed goes on where it was. Weights and answers ar
 weights of a finished cell are removed.
 """
 
-
 import csv
 import hashlib
 import json
@@ -131,7 +130,8 @@ def perplexity(model: str, answers: list[dict]) -> float:
     lm, total, tokens = load_lm(model, torch.bfloat16), 0.0, 0
     for row in answers:
         chat = user_chat(row["instruction"])
-        prompt, answer = encoder.prompt_ids(chat), encoder.answer_ids(chat, row["output"])
+        prompt = encoder.prompt_ids(chat)
+        answer = encoder.answer_ids(chat, encoder.plain(row["output"]))[len(prompt) :]
         ids = (np.array(x, dtype=np.int32) for x in (prompt, answer, answer[:1]))
         total -= lm(pack([Triplet(*ids, 0)])).logp[0].item()
         tokens += len(answer)
