@@ -125,6 +125,16 @@ def finished(seed: int, cell: str) -> dict | None:
 # ---------------------------------------------------------------------- running them
 
 
+def worker_on_each_core() -> ProcessPoolExecutor:
+    """Returns a pool of one process per core."""
+    context, n = get_context("spawn"), cpu.cores()
+    visible = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(n)
+    free_cores = context.Queue()
+    for core in visible[:n]:
+        free_cores.put(core)
+    return ProcessPoolExecutor(n, context, start_worker, (free_cores,))
+
+
 def start_worker(free_cores):
     """Gives a worker a core from a queue of their numbers, and one thread.
 
@@ -201,12 +211,7 @@ def run_all(seeds: range, cells: list[str], apo: bool):
     """Runs all cells that are not finished; apo says whether APO's game is one of them."""
     for seed in seeds:
         prepare(seed)
-    context, n = get_context("spawn"), cpu.cores()
-    visible = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(n)
-    free_cores = context.Queue()
-    for core in visible[:n]:
-        free_cores.put(core)
-    with ProcessPoolExecutor(n, context, start_worker, (free_cores,)) as pool:
+    with worker_on_each_core() as pool:
         for stage in (["reference", "reward"], ["apo"] * apo + cells):
             jobs = [(s, c) for c in stage for s in (seeds[:APO_WORLDS] if c == "apo" else seeds)]
             run_jobs(pool, jobs)
