@@ -10,6 +10,8 @@ side by side, one on each core. out/study keeps what is finished, so a command t
 on where it was. Remove it when the code has changed.
 """
 
+import cpu  # noqa: F401  must come before torch
+
 import csv
 import json
 import shutil

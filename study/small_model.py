@@ -11,6 +11,8 @@ finished; a command that was killed goes on where it was. Weights and answers ar
 weights of a finished cell are removed.
 """
 
+import cpu  # noqa: F401  must come before torch
+
 import csv
 import hashlib
 import json
