@@ -122,7 +122,7 @@ def repeated(text: str) -> float:
     """Returns the share of a text's runs of four words that stood in it before."""
     words = text.split()
     runs = Counter(zip(*(words[i:] for i in range(4)), strict=False))
-    return 1 - len(runs) / max(1, runs.total())
+    return 1 - len(runs) / runs.total() if runs else 0.0
 
 
 @torch.no_grad()
