@@ -16,7 +16,7 @@ import cpu  # noqa: F401  must come before torch
 import copy
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -267,7 +267,7 @@ def fit(
     schedule = get_cosine_schedule_with_warmup(optimizer, int(args.warmup * steps), steps)
     (share,) = schedule.lr_lambdas  # of the peak, as a function of the step
     table = report.Table(out_dir / "metrics.csv", COLUMNS, start)
-    with distributed.StopSignals() as signals:
+    with distributed.StopSignals() if args.save_every else nullcontext() as signals:
         for step in range(start, steps):
             order = batch_indices(step, len(triplets), args.batch_size, args.seed)
             loss, accuracy = backward(lm, [triplets[i] for i in order], args, device, pair_loss)
@@ -283,15 +283,14 @@ def fit(
             table.write(dict(step=done, loss=loss, accuracy=accuracy, lr=lr, grad_norm=norm))
             if done % max(1, steps // 20) == 0 or done == steps:
                 print0(f"{done:>5}/{steps} loss {loss:.4f} accuracy {accuracy:.2f} grad {norm:.1e}")
-            stopping = signals.anywhere(device)
-            if args.save_every and (stopping or done % args.save_every == 0):
+            stopping = signals and signals.anywhere(device)
+            if stopping or args.save_every and done % args.save_every == 0:
                 table.sync()
                 save_state(out_dir, done, args.keep, trained)
             if stopping and done < steps:
-                kept = "no --save_every: no state"
-                if args.save_every:
-                    kept = "--resume goes on from there"
-                raise InputError(f"stopped by a signal after step {done}; {kept}")
+                raise InputError(
+                    f"stopped by a signal after step {done}; --resume goes on from there"
+                )
 
 
 def backward(

@@ -352,7 +352,10 @@ def write_answers(path: Path, lm, encoder: ChatEncoder, tasks: list, seed: int):
     rows = [
         {"prompt": task.prompt, "chosen": a.text, "rejected": b.text}
         for task, a, b in zip(tasks, answers[::2], answers[1::2], strict=True)
-        if a.ended and b.ended and a.text.strip() != b.text.strip() != "" != a.text.strip()
+        if a.ended
+        and b.ended
+        and a.text.strip() != b.text.strip() != "" != a.text.strip()
+        and not encoder.special_text.search(a.text + b.text)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
