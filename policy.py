@@ -336,18 +336,17 @@ def weight_files(folder: Path) -> list[Path]:
     there = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     if links := [f.name for f in folder.iterdir() if not f.exists()]:
         raise InputError(f"{links[0]} is a link to a file that is not there: copy the file itself")
-    if len(there) > 1 and there[1].suffix == ".json":
-        raise InputError(f"holds both {there[0].name} and {there[1].name}: remove one of them")
-    path = next(iter(there), None)
-    if path is None:
+    if not there:
         raise InputError(f"a model folder without weights: none of {', '.join(WEIGHTS)} is there")
+    path, *others = there
+    index = path.with_name(f"{path.name}.index.json")
+    if index in others:  # both would say what the weights are
+        raise InputError(f"holds both {path.name} and {index.name}: remove one of them")
     for file in (path, *folder.glob("*.json"), *folder.glob("*.model")):
         check_file(file)
     if path.suffix != ".json":
         return [path]
-    shards = sorted(
-        {*json.loads(path.read_text())["weight_map"].values()}
-    )  # check_file has read it
+    shards = sorted({*json.loads(path.read_text())["weight_map"].values()})
     if missing := [shard for shard in shards if not (folder / shard).is_file()]:
         more = f" ({len(missing)} of {len(shards)} files are missing)"
         raise InputError(f"{path.name} names {missing[0]}, which is not there{more}")

@@ -340,6 +340,14 @@ def test_weights_that_are_not_the_models_are_refused_by_every_program(kind, tiny
         world.examine(str(model), [], 0.0, 0)
 
 
+def test_a_folder_with_both_kinds_of_shards_is_read_from_safetensors(tiny_world, tmp_path):
+    """As many on the Hub are."""
+    model = shutil.copytree(tiny_world / "llama", tmp_path / "model")
+    shards = in_shards(model)
+    (model / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "none.bin"}}')
+    assert policy.weight_files(model) == shards
+
+
 def test_weights_of_zeros_are_named_and_old_constants_are_no_weights(tiny_world, tmp_path, capsys):
     model = shutil.copytree(tiny_world / "llama", tmp_path / "model")
     weights = load_file(model / "model.safetensors")
