@@ -62,8 +62,13 @@ class Parser(argparse.ArgumentParser):
         for before, word in zip(["", *words], words, strict=False):
             if half_a_character(word):
                 raise InputError(f"{ascii(word)} is no valid UTF-8: it holds half a character")
-            if not word.strip() or word.startswith("--") and word.endswith("="):
-                raise InputError(f"{(word or before).rstrip('=')}: its value is empty")
+            if word.startswith("--") and word.endswith("="):
+                raise InputError(f"{word[:-1]}: its value is empty")
+            if not word.strip():
+                flag = before.startswith("--") and "=" not in before
+                raise InputError(
+                    f"{before}: its value is empty" if flag else "an argument is empty"
+                )
         return super().parse_known_args(args, namespace)
 
     def error(self, message):

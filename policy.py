@@ -495,7 +495,7 @@ def load_weights(auto, name: str, new: tuple = (), unused: tuple = (), **setting
         "of another shape": shapes,
         "contradictory": untied,
     }
-    ranges = {name: torch.stack(x.aminmax()) for name, x in model.named_parameters()}
+    ranges = {k: torch.stack(x.aminmax()) for k, x in model.named_parameters() if x.numel()}
     kinds["not finite"] = {name for name, x in ranges.items() if not x.isfinite().all()}
     faults = [f"{kind}: {first_names(names)}" for kind, names in kinds.items() if names]
     if faults:
