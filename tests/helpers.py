@@ -23,6 +23,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -33,7 +34,8 @@ from transformers import (
 )
 
 import train_ganpo
-from data import Triplet
+from data import Triplet, load_pairs
+from packing import batch_indices, pack
 
 TESTS = Path(__file__).resolve().parent
 ROOT, DATA = TESTS.parent, TESTS / "data"
@@ -369,3 +371,28 @@ def alignment(gradient, h_theta, h_ref, triplets):
         for g, to in zip(gradient, torch.cat(towards_reference), strict=True)
     ]
     return sum(cosines) / len(cosines)
+
+
+def plain_steps(lm, trained, ref, loss, rows, world):
+    """Trains `trained`, weights of lm, for three steps of plain DPO or SimPO in a loop of its own;
+    asserts that each step's loss is that of the program's row."""
+    trained = [*trained]
+    optimizer = torch.optim.AdamW(trained, 1.0, weight_decay=0, fused=True)
+    data = load_pairs(str(world / "train.jsonl"), "train", tiny(), 64)
+    for step, factor in enumerate((1.0, 1.0, 0.5)):
+        optimizer.param_groups[0]["lr"] = 3e-3 * factor
+        pairs = [data.triplets[i] for i in batch_indices(step, len(data.triplets), 8, 0)]
+        batch = pack(sorted(pairs, key=lambda t: -sum(map(len, t[:3]))))  # longest first
+        chosen, rejected = lm(batch).logp.chunk(2)
+        if loss == "dpo":
+            with torch.no_grad():
+                ref_chosen, ref_rejected = ref(batch).logp.chunk(2)
+            value = F.softplus(0.1 * (rejected - ref_rejected) - 0.1 * (chosen - ref_chosen))
+        else:
+            length_chosen, length_rejected = batch.lengths.chunk(2)
+            value = F.softplus(2.0 * (0.5 - (chosen / length_chosen - rejected / length_rejected)))
+        optimizer.zero_grad()
+        (value.sum() / 8).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        assert rows[step]["loss_opo"] == pytest.approx(value.mean().item(), rel=1e-6)

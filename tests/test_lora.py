@@ -14,7 +14,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -35,6 +34,7 @@ from helpers import (
     make_model,
     make_rows,
     naive_forward,
+    plain_steps,
     run,
     slow,
     softplus,
@@ -122,25 +122,7 @@ def test_lambda_0_is_the_plain_loss_bit_for_bit_beside_a_second_model(loss, tiny
     name = str(tiny_world / "llama")
     lm = load_lm(name, torch.float32, adapters=adapters(name))
     ref = load_lm(name, torch.float32)
-    optimizer = torch.optim.AdamW(lm.adapters.parameters(), 1.0, weight_decay=0, fused=True)
-    data = load_pairs(str(tiny_world / "train.jsonl"), "train", tiny(), 64)
-    for step, factor in enumerate((1.0, 1.0, 0.5)):
-        optimizer.param_groups[0]["lr"] = 3e-3 * factor
-        pairs = [data.triplets[i] for i in batch_indices(step, len(data.triplets), 8, 0)]
-        batch = pack(sorted(pairs, key=lambda t: -sum(map(len, t[:3]))))  # longest first
-        chosen, rejected = lm(batch).logp.chunk(2)
-        if loss == "dpo":
-            with torch.no_grad():
-                ref_chosen, ref_rejected = ref(batch).logp.chunk(2)
-            value = F.softplus(0.1 * (rejected - ref_rejected) - 0.1 * (chosen - ref_chosen))
-        else:
-            length_chosen, length_rejected = batch.lengths.chunk(2)
-            value = F.softplus(2.0 * (0.5 - (chosen / length_chosen - rejected / length_rejected)))
-        optimizer.zero_grad()
-        (value.sum() / 8).backward()
-        torch.nn.utils.clip_grad_norm_(lm.adapters.parameters(), 1.0)
-        optimizer.step()
-        assert rows[step]["loss_opo"] == pytest.approx(value.mean().item(), rel=1e-6)
+    plain_steps(lm, lm.adapters.parameters(), ref, loss, rows, tiny_world)
     for name, p in lora.merged(lm.model.state_dict(), lm.adapters.scale).items():
         assert torch.equal(weights[name], p), name
 

@@ -37,6 +37,7 @@ from helpers import (
     furthest,
     latent_gradient,
     naive_forward,
+    plain_steps,
     rows_of,
     run,
     softplus,
@@ -402,25 +403,7 @@ def test_lambda_0_is_the_plain_loss_bit_for_bit(loss, tiny_world, tmp_path, monk
     assert len(loads) == {"dpo": 2, "simpo": 1}[loss]
 
     policy, ref = (load_lm(str(tiny_world / "llama"), torch.float32) for _ in range(2))
-    optimizer = torch.optim.AdamW(policy.parameters(), 1.0, weight_decay=0, fused=True)
-    data = load_pairs(str(tiny_world / "train.jsonl"), "train", tiny(), 64)
-    for step, factor in enumerate((1.0, 1.0, 0.5)):
-        optimizer.param_groups[0]["lr"] = 3e-3 * factor
-        pairs = [data.triplets[i] for i in batch_indices(step, len(data.triplets), 8, 0)]
-        batch = pack(sorted(pairs, key=lambda t: -sum(map(len, t[:3]))))  # longest first
-        chosen, rejected = policy(batch).logp.chunk(2)
-        if loss == "dpo":
-            with torch.no_grad():
-                ref_chosen, ref_rejected = ref(batch).logp.chunk(2)
-            value = F.softplus(0.1 * (rejected - ref_rejected) - 0.1 * (chosen - ref_chosen))
-        else:
-            length_chosen, length_rejected = batch.lengths.chunk(2)
-            value = F.softplus(2.0 * (0.5 - (chosen / length_chosen - rejected / length_rejected)))
-        optimizer.zero_grad()
-        (value.sum() / 8).backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        assert rows[step]["loss_opo"] == pytest.approx(value.mean().item(), rel=1e-6)
+    plain_steps(policy, policy.parameters(), ref, loss, rows, tiny_world)
     for name, p in policy.model.state_dict().items():
         assert torch.equal(weights[name], p), name
     unused = ("loss_adv", "disc_lr", "d_ra", "adv_to_opo_grad", "disc_grad_norm", "score_gap_pos")
