@@ -140,8 +140,14 @@ class TransformerDiscriminator(Discriminator):
         length = min(h.shape[1], self.pos_embedding.shape[0])  # cut both together [choice 8]
         h, mask = h[:, :length], mask[:, :length].bool()
         x = normalised(self.project_in, h) + self.pos_embedding[:length]
-        for layer in self.layers:
-            x = layer(x, mask)
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # padding costs time there
+            packed, lengths = x[mask][None], mask.sum(1).tolist()
+            for layer in self.layers:
+                packed = layer(packed, None, lengths)
+            x = x.masked_scatter(mask[..., None], packed)
+        else:
+            for layer in self.layers:
+                x = layer(x, mask)
         return self.head(masked_mean(x, mask))
 
 
@@ -158,14 +164,22 @@ class EncoderLayer(nn.Module):
     def drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Returns (N, L, D) for x (N, L, D) and mask (N, L), True on real tokens."""
+    def forward(self, x: Tensor, mask: Tensor | None, lengths: list[int] | None = None) -> Tensor:
+        """Returns (N, L, D) for x (N, L, D) and mask (N, L), True on real tokens.
+
+        With lengths, x is (1, R, D): the texts one after the other, of so many tokens, no padding.
+        """
         qkv = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, L, D / heads) each
-        dropout = self.dropout if self.training else 0.0
-        a = F.scaled_dot_product_attention(q, k, v, mask[:, None, None], dropout)
-        x = x + self.drop(self.out(a.transpose(1, 2).flatten(2)))
+        texts = qkv.split(lengths, dim=1) if lengths else [qkv]
+        x = x + self.drop(self.out(torch.cat([self.attend(text, mask) for text in texts], dim=1)))
         return x + self.drop(self.ffn_out(self.drop(F.gelu(self.ffn_in(self.norm_ffn(x))))))
+
+    def attend(self, qkv: Tensor, mask: Tensor | None) -> Tensor:
+        """Returns what attention adds to each token, (N, L, D), for qkv (N, L, 3, heads, E)."""
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, L, E) each
+        dropout = self.dropout if self.training else 0.0
+        seen = None if mask is None else mask[:, None, None]
+        return F.scaled_dot_product_attention(q, k, v, seen, dropout).transpose(1, 2).flatten(2)
 
 
 @discriminator("mlp")

@@ -434,6 +434,25 @@ def test_heads_are_8_as_in_fig_10_but_fewer_rather_than_narrower_than_8_units(hi
     assert critic(hidden=hidden).layers[0].heads == heads
 
 
+def test_without_the_padding_scores_and_gradients_are_the_same(monkeypatch):
+    disc, (h, mask) = critic(), latents((13, 1, 7), padded_to=14)  # one text is cut to 12 tokens
+    forwards = []
+    disc.layers[0].ffn_in.register_forward_pre_hook(lambda _, x: forwards.append(x[0].shape))
+    results = []
+    for packed in (False, True):
+        # in a run in bfloat16 on a CPU, autocast is on; here the numbers stay float64
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_, packed=packed: packed)
+        own = h.clone().requires_grad_()
+        disc.zero_grad()
+        scores = disc(own, mask)
+        scores.square().sum().backward()
+        weights = [x.grad.clone() for x in disc.parameters()]
+        results.append([scores, own.grad, *weights])
+    assert forwards == [(3, 12, 32), (1, 20, 32)]
+    for padded, packed in zip(*results, strict=True):
+        check_close(packed, padded)
+
+
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="unknown discriminator 'mse'"):
         build_discriminator("mse", H)
