@@ -89,3 +89,9 @@ def keep_freed_memory():
     except (AttributeError, OSError, TypeError):
         return
     freed_memory_is_kept = bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, NEVER))
+
+
+def give_back_freed_memory():
+    """Gives the freed memory that keep_freed_memory has kept back to the system, once."""
+    if freed_memory_is_kept:
+        ctypes.CDLL(None).malloc_trim(0)

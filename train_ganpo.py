@@ -19,7 +19,7 @@ row k of docs/choices.md. Shapes, in all files:
     L   tokens of the longest text
 """
 
-import cpu  # noqa: F401  must come before torch
+import cpu  # must come before torch
 
 import math
 import shlex
@@ -287,6 +287,8 @@ def backward(run, loss_opo: Tensor, loss_adv: Tensor):
     averages over ranks, so the loss is multiplied by the number of ranks.
     """
     lambda_adv = run.args.lambda_adv
+    if run.args.checkpointing:  # what the forwards left in pieces, so that backward can use it
+        cpu.give_back_freed_memory()
     loss = loss_opo + lambda_adv * loss_adv if lambda_adv > 0 else loss_opo
     (run.ranks * loss).backward()
 

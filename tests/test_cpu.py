@@ -12,7 +12,9 @@ import re
 import resource
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ import torch.distributed as dist
 import distributed
 import report
 import settings
+import train_ganpo
 from helpers import ROOT, run
 from miniature import world
 
@@ -144,6 +147,7 @@ def test_the_users_spin_count_wins(variables, expected, own):
 class Library:
     def __init__(self, calls):
         self.mallopt = lambda *parameters: calls.append(parameters) or 1
+        self.malloc_trim = lambda pad: calls.append("trimmed")
 
 
 def without_mallopt(name):
@@ -168,6 +172,20 @@ def test_freed_memory_is_kept_unless_the_user_or_the_system_says_otherwise(own, 
     monkeypatch.delenv("GLIBC_TUNABLES")
     cpu.keep_freed_memory()
     assert sorted(calls) == [(-4, 0), (-1, -1)] and cpu.freed_memory_is_kept is True
+
+
+@pytest.mark.parametrize("kept, checkpointing", product([True, False], repeat=2))
+def test_with_checkpointing_kept_memory_is_given_back_before_backward(
+    kept, checkpointing, monkeypatch
+):
+    calls = []
+    monkeypatch.setattr(cpu, "freed_memory_is_kept", kept)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library(calls))
+    run = SimpleNamespace(args=SimpleNamespace(lambda_adv=0, checkpointing=checkpointing), ranks=1)
+    loss = torch.ones((), requires_grad=True)
+    loss.register_hook(lambda gradient: calls.append("backward"))
+    train_ganpo.backward(run, loss, 0)
+    assert calls == ["trimmed"] * (kept and checkpointing) + ["backward"]
 
 
 @pytest.mark.parametrize("library", [without_mallopt, without_a_library])
