@@ -124,7 +124,7 @@ def train_step(run, batches: Iterable[Packed], step: int) -> dict[str, float]:
 
     if run.critics:
         update, adversarial = update_discriminators, adversarial_loss
-        if args.critic == "paired":  # beyond the paper
+        if args.critic in paired.CRITICS:  # beyond the paper
             update, adversarial = paired.update_discriminators, paired.adversarial_loss
         # lines 11-19: scores, running means, one update of the discriminators
         of_batch |= update(run, kept, step)
@@ -249,7 +249,7 @@ def update_discriminators(run, kept: list, step: int) -> dict[str, Tensor]:
     scores = all_ranks(torch.cat(scores, dim=-1))  # (2, 3, B); this rank's part has its graph
     for (name, critic), s in zip(run.critics.items(), scores, strict=True):
         critic.update_means(*s.detach())  # lines 13-15
-        mu = critic.means() if args.mean == "ema" else s.mean(-1)  # batch means carry gradient
+        mu = critic.means() if args.ema_decay else s.mean(-1)  # batch means carry gradient
         loss = discriminator_loss(*s, *mu)  # lines 16-17
         losses = losses + loss
         s_ref, s_theta, _ = s.detach()
@@ -269,10 +269,10 @@ def adversarial_loss(run, kept: list) -> Tensor:
     """
     args, loss = run.args, 0
     s_theta = all_ranks(torch.cat([own_scores(run, out.h, out.mask) for out in kept], dim=-1))
-    if args.mean == "batch":
+    if args.ema_decay == 0:
         s_ref = all_ranks(torch.cat([own_scores(run, o.h_ref, o.mask) for o in kept], dim=-1))
     for j, critic in enumerate(run.critics.values()):
-        if args.mean == "ema":
+        if args.ema_decay:
             loss = loss + generator_loss(s_theta[j], critic.means()[0], args.adv_loss)
         else:
             mu_ref, mu_theta = s_ref[j].mean(), s_theta[j].mean()
@@ -420,7 +420,7 @@ def build(args, config: PretrainedConfig, device: torch.device) -> SimpleNamespa
     if run.critics:
         run.critics.to(device, master)
         distributed.assert_equal_on_ranks(run.critics)
-        betas = (0.5, 0.9) if args.critic == "paired" else (0.9, 0.999)
+        betas = (0.5, 0.9) if args.critic in paired.CRITICS else (0.9, 0.999)
         run.critic_optimizer = torch.optim.AdamW(  # [choice 10]
             run.critics.parameters(), args.disc_lr, betas, weight_decay=0.01, fused=True
         )
@@ -444,7 +444,7 @@ def check_start(run, batch: Packed):
     known = {"dpo": LN2, "ipo": 1 / (4 * args.beta**2)}.get(args.loss)
     if known:
         off["loss"] = (run.opo_loss(lp) / known - 1).abs().max()
-    if run.critics and args.critic != "paired":
+    if run.critics and args.critic not in paired.CRITICS:
         run.critics.eval()
         scores = quad_scores(run, h_ref[batch.gather], h[batch.gather], batch.mask)
         for name, (s_ref, s_theta, _) in zip(run.critics, scores, strict=True):

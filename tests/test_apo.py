@@ -215,7 +215,7 @@ def test_the_reward_model_never_sees_the_llms_prompts(handed):
         (["--aligner=ppo"], "invalid choice"),
         (["--samples=1"], "1 is not in [2,"),
         (["--", "--losss=dpo"], "unrecognized arguments: --losss=dpo"),
-        (["--", "--critic=paired", "--mean=batch"], "--critic paired does not use --mean"),
+        (["--", "--critic=paired", "--ema_decay=0"], "--critic paired does not use --ema_decay"),
         (["--", "--lr=1"], "--lr after --: the game sets it"),
     ],
 )
