@@ -490,11 +490,14 @@ def test_a_line_of_a_megabyte_and_nul_bytes_train(tiny_world, tmp_path):
 
 
 def test_token_ids_and_latents_that_do_not_fit_are_refused(tiny_world, tmp_path):
-    for name, changes in (("small", {"vocab_size": 100}), ("wide", {"hidden_size": 64})):
+    for name, changes in (("small", {"vocab_size": 228}), ("wide", {"hidden_size": 64})):
         make_model(tmp_path / name, **changes)
+    far = [{"prompt": "a", "chosen": "\u0101", "rejected": "b"}]  # one of its tokens is 229
+    held_out = f"--eval_split={write_lines(tmp_path / 'far.jsonl', far)}", "--eval_every=1"
     for flag in ("--model", "--ref_model"):
-        with pytest.raises(SystemExit, match="beyond the vocabulary .*, 100 tokens"):
-            train_ganpo.main(flags(tiny_world, tmp_path / "r", f"{flag}={tmp_path / 'small'}"))
+        with pytest.raises(SystemExit, match=f"beyond the vocabulary of {flag}, 228 tokens"):
+            argv = f"{flag}={tmp_path / 'small'}", *held_out
+            train_ganpo.main(flags(tiny_world, tmp_path / "r", *argv))
     for more in ("--lambda_adv=1", "--lambda_adv=0"):
         argv = flags(tiny_world, tmp_path / "r", f"--ref_model={tmp_path / 'wide'}", more)
         with pytest.raises(SystemExit, match="hidden size of the policy 32, of the reference 64"):

@@ -132,7 +132,7 @@ def test_a_run_that_ended_before_its_export_exports_when_resumed(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_ganpo, "export_policy", end)
+        patch.setattr(checkpoint, "export_policy", end)
         with pytest.raises(KeyboardInterrupt):
             train_ganpo.main(flags(tiny_world, tmp_path / "r", *more, "--resume"))
     torch.distributed.destroy_process_group()
@@ -615,8 +615,8 @@ def test_a_run_killed_before_its_first_state_begins_anew(tiny_world, tmp_path, c
 
 
 def slow_saves(rank):
-    inner = train_ganpo.save_state
-    train_ganpo.save_state = lambda *a: (time.sleep(30), inner(*a))
+    inner = checkpoint.save_state
+    checkpoint.save_state = lambda *a: (time.sleep(30), inner(*a))
 
 
 def test_torn_rows_of_metrics_are_dropped(six_steps, tiny_world, tmp_path):
@@ -795,13 +795,13 @@ def test_a_signal_lets_the_last_evaluation_end(tiny_world, tmp_path):
 
 
 def sleepy_saves(rank):
-    inner = train_ganpo.save_state
+    inner = checkpoint.save_state
 
     def save(*args):
         time.sleep(0.5)
         inner(*args)
 
-    train_ganpo.save_state = save
+    checkpoint.save_state = save
 
 
 @pytest.mark.parametrize("ranks", [1, slow(2)])

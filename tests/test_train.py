@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import checkpoint
 import discriminator
 import paired
 import report
@@ -368,7 +369,7 @@ def test_a_run_whose_reference_is_not_the_policy_stops_at_the_start(
             lm.model.base_model.norm.weight.data[3] += 0.1
         return lm
 
-    monkeypatch.setattr(train_ganpo, "load_lm", spoiled)
+    monkeypatch.setattr("policy.load_lm", spoiled)
     with pytest.raises(SystemExit, match="differ at the start: latents by"):
         train_ganpo.main(flags(tiny_world, tmp_path / "r"))
     assert not (tmp_path / "r" / "metrics.csv").exists()
@@ -399,7 +400,7 @@ def test_lambda_0_is_the_plain_loss_bit_for_bit(loss, tiny_world, tmp_path, monk
         return load_lm(*args, **more)
 
     monkeypatch.setattr(discriminator, "build_discriminator", None)  # calling it would fail
-    monkeypatch.setattr(train_ganpo, "load_lm", load)
+    monkeypatch.setattr("policy.load_lm", load)
     rows, weights = run(tiny_world, tmp_path / "r", f"--loss={loss}", "--lambda_adv=0")
     assert len(loads) == {"dpo": 2, "simpo": 1}[loss]
 
@@ -524,14 +525,14 @@ def test_autocast_leaves_the_spectral_norms_as_they_are(monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_hf_folder_reloads_with_identical_logits(family, tiny_world, tmp_path, monkeypatch):
     trained = {}
-    inner = train_ganpo.export_policy
+    inner = checkpoint.export_policy
 
     def keep(policy, tokenizer, folder):
         with torch.no_grad():
             trained["logp"] = policy(pack(triplets_for(LENGTHS))).logp
         inner(policy, tokenizer, folder)
 
-    monkeypatch.setattr(train_ganpo, "export_policy", keep)
+    monkeypatch.setattr(checkpoint, "export_policy", keep)
     run(tiny_world, tmp_path / "r", "--max_steps=2", family=family)
     folder = tmp_path / "r" / "hf"
     with torch.no_grad():
@@ -602,7 +603,7 @@ def test_the_terminal_shows_what_is_trained_on_and_one_line_a_step(tiny_world, t
     lines = capsys.readouterr().out.splitlines()
     text = "\n".join(lines)
     (settings,) = [line for line in lines if line.startswith("preset mini ")]
-    assert " adv_loss=nonsaturating mean=batch" in settings and "critic" not in settings
+    assert " adv_loss=nonsaturating ema_decay=0.0" in settings and "critic" not in settings
     assert settings.endswith(f"all settings: {tmp_path / 'r' / 'config.json'}")
     assert "8 pairs/step = 1 rank(s) x 1 forward(s) of up to 32 pairs" in text
     assert "28 pairs = 3 steps/epoch, 4 left over" in text
