@@ -47,6 +47,7 @@ FILE_NAME = re.compile(r"\.(jsonl|json|parquet)(\.gz)?$")
 LONGEST = 1000  # characters of an exception, or of names, that are shown
 MERGED = 2  # tokens of a prompt that may merge with an answer's first characters
 MANY = 10_000  # rows from which on several processes tokenise them and the ids are kept
+PIECE = 1000  # of these rows, read or sent to another process at once
 MALFORMED_LIMIT = 0.01  # with a larger share of faulty rows the data set itself must be wrong
 
 
@@ -968,11 +969,16 @@ def examine_many(rows: Sequence, look: partial, log: Callable) -> Iterator[tuple
     Raises InputError if that folder cannot be used or a worker ends.
     """
     import datasets  # see read_with_datasets
+    import pyarrow
 
-    folder, key = Path(datasets.config.HF_DATASETS_CACHE, "ganpo"), hash_of(rows, **look.keywords)
+    folder, pickled = Path(datasets.config.HF_DATASETS_CACHE, "ganpo"), [*map(pickle.dumps, rows)]
+    key = hash_of(pickled, **look.keywords)
     ids = datasets.List(datasets.Value("int32"))
     kinds = datasets.Features(dict.fromkeys(IDS, ids) | {"said": datasets.Value("string")})
-    source = datasets.Features({"row": datasets.Value("large_binary")})
+    # in pieces, because a worker is sent the whole of each piece that holds a row of its own
+    pieces = (pickled[i : i + PIECE] for i in range(0, len(rows), PIECE))
+    column = pyarrow.chunked_array([*pieces], pyarrow.large_binary())
+    del pickled  # which would hold all rows once more
     workers, begin = cpu.cores(), time.monotonic()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -985,8 +991,7 @@ def examine_many(rows: Sequence, look: partial, log: Callable) -> Iterator[tuple
             there = {*folder.glob(f"{key}*.arrow")}
             if not there:
                 log(f"tokenising {len(rows):,} rows in {workers} processes")
-            table = datasets.Dataset.from_dict({"row": [pickle.dumps(r) for r in rows]}, source)
-            table = table.map(
+            table = datasets.Dataset(pyarrow.table({"row": column})).map(
                 examine_batch, input_columns="row", batched=True, batch_size=100,
                 remove_columns="row", fn_kwargs={"look": look}, features=kinds,
                 num_proc=workers if workers > 1 else None, new_fingerprint=key,
@@ -997,7 +1002,7 @@ def examine_many(rows: Sequence, look: partial, log: Callable) -> Iterator[tuple
         raise InputError(f"tokenising, with {folder} for the ids: {reason_of(error)}") from None
     how = "read from" if same else f"found in {time.monotonic() - begin:.0f} s and kept in"
     log(f"token ids of {len(rows):,} rows {how} {folder}/{key}*.arrow")
-    for part in table.with_format("arrow").iter(1000):
+    for part in table.with_format("arrow").iter(PIECE):
         part = part.combine_chunks()
         columns = [part[k].chunk(0) for k in IDS]
         ends = [column.offsets.to_numpy() for column in columns]
@@ -1008,9 +1013,9 @@ def examine_many(rows: Sequence, look: partial, log: Callable) -> Iterator[tuple
             yield (tuple(of_row) if kept else None), said
 
 
-def hash_of(rows: Sequence, encoder: ChatEncoder, **settings) -> str:
-    """Returns a hash of all that examine depends on: rows, tokenizer, template, day, settings, and
-    this code with that of the libraries."""
+def hash_of(rows: list[bytes], encoder: ChatEncoder, **settings) -> str:
+    """Returns a hash of all that examine depends on: pickled rows, tokenizer, template, day,
+    settings, and this code with that of the libraries."""
     versions = [version(name) for name in ("transformers", "tokenizers")]
     texts = [encoder.day, settings, versions]
     digest = hashlib.sha256(Path(__file__).read_bytes() + repr(texts).encode())
@@ -1019,7 +1024,7 @@ def hash_of(rows: Sequence, encoder: ChatEncoder, **settings) -> str:
         for file in sorted(Path(folder).iterdir()):
             digest.update(file.read_bytes())
     for row in rows:
-        digest.update(repr(row).encode("utf-8", "surrogatepass"))
+        digest.update(row)
     return digest.hexdigest()[:32]
 
 

@@ -217,18 +217,16 @@ def build_discriminator(
     dropout: float = 0.0,
     max_length: int = 2048,
     ema_decay: float = 0.9,
-    differences: bool = False,
 ) -> nn.Module:
     """Returns a new discriminator for latents of width hidden_size.
 
-    kind is a name in DISCRIMINATORS: transformer (Fig 10), mlp (Table 3), paired (paired.py) or one
-    of your own. hidden is D. Only the transformer uses layers, dropout and max_length (the number
-    of learned positions, in tokens); only the paired critic uses differences. Raises ValueError for
-    another kind.
+    kind is a name in DISCRIMINATORS: transformer (Fig 10), mlp (Table 3), paired or paired_h
+    (paired.py) or one of your own. hidden is D. Only the transformer uses layers, dropout and
+    max_length (the number of learned positions, in tokens). Raises ValueError for another kind.
     """
     if kind not in DISCRIMINATORS:
         raise ValueError(f"unknown discriminator {kind!r}: {', '.join(DISCRIMINATORS)}")
-    settings = dict(layers=layers, dropout=dropout, max_length=max_length, differences=differences)
+    settings = dict(layers=layers, dropout=dropout, max_length=max_length)
     return DISCRIMINATORS[kind](hidden_size, hidden, ema_decay=ema_decay, **settings)
 
 
@@ -242,7 +240,6 @@ def critic_settings(args, hidden_size: int) -> dict:
         "dropout": args.disc_dropout,
         "max_length": args.max_length,
         "ema_decay": args.ema_decay,
-        "differences": args.critic == "paired" and args.critic_input == "diff",
     }
 
 

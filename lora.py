@@ -73,14 +73,9 @@ class Adapters:
     """
 
     def __init__(
-        self,
-        base: str,
-        rank: int,
-        alpha: float,
-        targets: list[str] | None,
-        seed: int,
+        self, base: str, rank: int, alpha: float, targets: list[str] | None, seed: int,
         lm: nn.Module,
-    ):
+    ):  # fmt: skip
         self.base, self.rank, self.alpha, self.scale = base, rank, alpha, alpha / rank
         inside = f"{lm.model.base_model_prefix}.layers."
         linear = {

@@ -5,7 +5,7 @@ directions. So the paper's discriminators learn to tell good answers from bad on
 on the policy has no direction. The paired critic D compares the latents that policy and reference
 give to the same token of the same text:
 
-    u = D(x_ref) - D(x_theta),    x = h - h_ref (--critic_input diff) or x = h (--critic_input h)
+    u = D(x_ref) - D(x_theta),    x = h - h_ref (--critic paired) or x = h (--critic paired_h)
     critic   softplus(-u) + SLOPE_PENALTY / 2 * (|dD/dx|^2 at x_ref + |dD/dx|^2 at x_theta)
     policy   softplus(u)
 
@@ -30,20 +30,19 @@ SLOPE_PENALTY = 10.0  # weight of the R1 and R2 penalties (Mescheder et al., 201
 class TokenCritic(nn.Module):
     """A small network on each token's latent by itself; no spectral norm, no running means.
 
-    With differences=True it reads h_theta - h_ref. The reference's own input is then 0.
+    It reads h_theta - h_ref. The reference's own input is then 0.
     """
 
-    def __init__(self, hidden_size, hidden, differences, **_):
+    updates = 1  # of the critics in a step
+
+    def __init__(self, hidden_size, hidden, **_):
         super().__init__()
-        self.differences = differences
         self.project_in = nn.Linear(hidden_size, hidden)
         self.middle, self.out = nn.Linear(hidden, hidden), nn.Linear(hidden, 1)
 
     def inputs(self, h_theta: Tensor, h_ref: Tensor) -> tuple[Tensor, Tensor]:
         """Returns x_theta and x_ref, what the critic reads of both models, (N, L, H) each."""
-        if self.differences:
-            return h_theta - h_ref, torch.zeros_like(h_ref)
-        return h_theta, h_ref
+        return h_theta - h_ref, torch.zeros_like(h_ref)
 
     def token_scores(self, x: Tensor) -> Tensor:
         """Returns raw scores (N, L) of inputs (N, L, H)."""
@@ -53,6 +52,19 @@ class TokenCritic(nn.Module):
     def forward(self, h: Tensor, mask: Tensor) -> Tensor:
         """Returns the mean score (N,) of latents h (N, L, H); mask (N, L) is 1 on real tokens."""
         return masked_mean(self.token_scores(h), mask)
+
+
+@discriminator("paired_h")
+class LatentCritic(TokenCritic):
+    """Reads the latents themselves; it also tells good texts from bad ones."""
+
+    updates = 5
+
+    def inputs(self, h_theta: Tensor, h_ref: Tensor) -> tuple[Tensor, Tensor]:
+        return h_theta, h_ref
+
+
+CRITICS = "paired", "paired_h"  # those of --critic that play this game
 
 
 def paired_discriminator_loss(u: Tensor, slopes: Tensor, mask: Tensor) -> Tensor:
@@ -74,7 +86,7 @@ def paired_generator_loss(u: Tensor, mask: Tensor) -> Tensor:
 
 def neutral_values(args) -> str:
     """Returns what the log shows while the critic cannot tell policy from reference."""
-    of_texts = f" + {LN2:.4f}" if args.critic_input == "h" else ""
+    of_texts = f" + {LN2:.4f}" if args.critic == "paired_h" else ""
     return f"adv {LN2:+.4f}, D {LN2:.4f}{of_texts} + slope penalty, D acc 0.50, score_gap 0"
 
 
@@ -93,7 +105,7 @@ def of_each_critic(run, out):
 
 
 def update_discriminators(run, kept: list, step: int) -> dict[str, Tensor]:
-    """Updates both critics --disc_steps times, in every --disc_every-th step.
+    """Updates both critics `updates` times, in every --disc_every-th step.
 
     kept holds what train_ganpo.forward_pairs returned for each micro-batch; metrics of each pair,
     from before the first update, are added to its per_pair. The latents are detached. The losses
@@ -102,7 +114,7 @@ def update_discriminators(run, kept: list, step: int) -> dict[str, Tensor]:
     """
     args, metrics = run.args, {}
     due = step % args.disc_every == 0  # [choice 4]
-    for i in range(args.disc_steps if due else 1):
+    for i in range(run.critics.disc_pos.updates if due else 1):
         run.critic_optimizer.zero_grad()
         for out in kept:
             for sign, critic, theta, ref, mask, other, other_mask in of_each_critic(run, out):
@@ -116,7 +128,7 @@ def update_discriminators(run, kept: list, step: int) -> dict[str, Tensor]:
                 slopes = sum(g.square().sum(-1) for g in gradients)
                 u = s_ref - s_theta
                 loss = paired_discriminator_loss(u, slopes, mask)
-                if not critic.differences:
+                if isinstance(critic, LatentCritic):
                     # The critic keeps telling good texts from bad ones, by the reference's latents
                     # alone, so that this does not push the policy.
                     loss = loss + softplus(critic(other, other_mask) - critic(ref, mask))

@@ -219,10 +219,10 @@ def neutral_values(args) -> str:
         return f"--lambda_adv 0: plain {args.loss}, no critic"
     if args.critic == "mse":
         return "neutral value: adv 0, the squared distance where policy = reference"
-    if args.critic == "paired":
+    if args.critic in paired.CRITICS:
         values = paired.neutral_values(args)
     else:
-        terms = (2 if args.mean == "ema" else 4) * (-1 if args.adv_loss == "minimax" else 1)
+        terms = (2 if args.ema_decay else 4) * (-1 if args.adv_loss == "minimax" else 1)
         values = f"adv {terms * LN2:+.4f}, D {4 * LN2:.4f}, D acc 0.50, d_ra 0, score_gap 0"
     return f"neutral values (critics that cannot tell policy from reference): {values}"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-import paired  # noqa: F401  it registers its critic, so that --critic knows it
+import paired
 from attention import LAYOUTS
 from data import InputError, input_error_for
 from discriminator import DISCRIMINATORS
@@ -101,19 +101,17 @@ def flags() -> Parser:
     add("--gamma_beta_ratio", type=at_least_0, help="SimPO gamma / beta [0.3 or 0.5, its authors]")
     add = parser.add_argument_group("adversarial regulariser").add_argument
     add("--lambda_adv", type=at_least_0, help="0: plain --loss [1, App. B; mini 0.1; paired 10]")
-    add("--critic", choices=[*DISCRIMINATORS, "mse"], help="[transformer, Fig 10]")
+    add("--critic", choices=[*DISCRIMINATORS, "mse"],
+        help="paired reads h - h_ref, paired_h reads h [transformer, Fig 10]")
     add("--adv_loss", choices=["minimax", "nonsaturating"], default="minimax",
         help="[minimax, Eq 18]")
-    add("--mean", choices=["ema", "batch"], default="ema", help="means of the scores [ema, Alg. 1]")
-    add("--ema_decay", type=number(float, 0, 0.999999), default=0.9, help="alpha [0.9, App. B]")
+    add("--ema_decay", type=number(float, 0, 0.999999), default=0.9,
+        help="alpha of the mean scores; 0: the batch's own means [0.9, App. B]")
     add("--disc_layers", type=count, help="[2, llama preset 4, App. B]")
     add("--disc_hidden", type=number(int, 1, 2**16), help="[512, Fig 10; mini 32, paired 64, ours]")
     add("--disc_dropout", type=number(float, 0, 0.99), help="[0.1, Fig 10; mini 0, ours]")
     add("--disc_lr", type=at_least_0, help="[lr / 2, App. B; mini 10 lr, paired 3e-3, ours]")
     add("--disc_every", type=count, default=1, help="steps per critics' update [1, Alg. 1]")
-    add("--critic_input", choices=["h", "diff"], default="diff",
-        help="paired critic: h or h - h_ref [diff, ours]")
-    add("--disc_steps", type=count, help="paired critic: updates per step [1, for h 5, ours]")
     add = parser.add_argument_group("LoRA, beside frozen weights").add_argument
     add("--lora_rank", type=count, help="of adapters, which alone are trained [all weights are]")
     add("--lora_alpha", type=positive, help="the adapters' scale is alpha / rank [2 rank, ours]")
@@ -148,10 +146,9 @@ def flags() -> Parser:
 # fmt: on
 
 
-OF_PAIRED = "critic_input disc_steps".split()
-OF_SCORES = "mean ema_decay adv_loss".split()  # of critics whose scores have running means
+OF_SCORES = "ema_decay adv_loss".split()  # of critics whose scores have running means
 OF_CLASS = {"disc_layers": "layers", "disc_dropout": "dropout"}  # flag and argument of the class
-OF_CRITICS = [*OF_PAIRED, *OF_SCORES, *OF_CLASS, *"disc_hidden disc_lr disc_every".split()]
+OF_CRITICS = [*OF_SCORES, *OF_CLASS, *"disc_hidden disc_lr disc_every".split()]
 
 
 # What a run's config.json holds beside its flags; a new run finds its own.
@@ -165,7 +162,7 @@ TAKES = {  # by argparse's nargs: what JSON has for a flag
     None: ((str, int, float), "a text or a number"), 0: (bool, "true or false"),
     "+": (list, "a list"),
 }  # fmt: skip
-FIRST = "preset seed critic critic_input lr".split()  # on which the defaults of other flags depend
+FIRST = "preset seed critic lr".split()  # on which the defaults of other flags depend
 
 
 def flags_of_file(argv: list[str]) -> tuple[list[str], str | None]:
@@ -226,14 +223,12 @@ def parse_args(argv: list[str]):
         for k, v in PRESETS[first.preset].items()
     }
     preset["critic"] = first.critic or preset.get("critic", "transformer")
-    if preset["critic"] == "paired":
+    if preset["critic"] in paired.CRITICS:
         preset |= PAIRED
     derived = ("simpo_beta", "disc_lr_ratio", "eval_split", "eval_every")
     parser.set_defaults(**{k: v for k, v in preset.items() if k not in derived})
     args = parser.parse_args(argv)
     refuse_useless(args, given_flags(argv))
-    if args.disc_steps is None:
-        args.disc_steps = 5 if args.critic == "paired" and args.critic_input == "h" else 1
     if args.lora_rank and args.ref_model not in (None, args.model):
         raise InputError(
             f"--ref_model {args.ref_model}: with --lora_rank the reference is --model itself, its"
@@ -262,7 +257,7 @@ def parse_args(argv: list[str]):
 
 def refuse_useless(args, given: set[str]):
     """Raises InputError for a given flag that the chosen loss or critic does not use."""
-    useless = OF_SCORES if args.critic == "paired" else OF_PAIRED
+    useless = OF_SCORES if args.critic in paired.CRITICS else []
     if args.critic in DISCRIMINATORS:
         takes = inspect.signature(DISCRIMINATORS[args.critic].__init__).parameters
         useless = useless + [flag for flag, name in OF_CLASS.items() if name not in takes]
@@ -272,8 +267,6 @@ def refuse_useless(args, given: set[str]):
     for name in ("lora_alpha", "lora_targets"):
         if name in given and not args.lora_rank:
             raise InputError(f"--{name} needs --lora_rank")
-    if args.mean == "batch" and "ema_decay" in given:
-        raise InputError("--mean batch does not use --ema_decay")
     if "gamma_beta_ratio" in given and "gamma_beta_ratio" not in OPO_LOSSES[args.loss].defaults:
         raise InputError(f"--loss {args.loss} does not use --gamma_beta_ratio")
 

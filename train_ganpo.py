@@ -34,27 +34,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 from transformers import AutoConfig, PretrainedConfig
 
 import attention
+import checkpoint
 import distributed
 import lora
 import paired
+import policy
 import report
-from checkpoint import (
-    check_out_dir,
-    check_space,
-    claim_out_dir,
-    export_policy,
-    load_state,
-    model_fingerprints,
-    newest_state,
-    open_run,
-    room_needed,
-    save_discriminators,
-    save_state,
-)
 from data import InputError, PreferenceData, Triplet, load_data
 from discriminator import (
     autocast_of,
@@ -79,15 +68,6 @@ from losses import (
     with_settings,
 )
 from packing import Packed, Survey, batch_indices, pack, plan_forwards, survey, tokens_in
-from policy import (
-    at_least_fp32,
-    least_memory,
-    load_lm,
-    memory_line,
-    read_model_config,
-    read_tokenizer,
-    refuse_what_cannot_fit,
-)
 from settings import build_miniature, is_miniature, needs_reference, parse_args
 
 FINAL_PROMPTS, FINAL_TEMPERATURES = 1000, (0.0, 0.7, 1.0)  # of the miniature's final table
@@ -124,7 +104,7 @@ def train_step(run, batches: Iterable[Packed], step: int) -> dict[str, float]:
 
     if run.critics:
         update, adversarial = update_discriminators, adversarial_loss
-        if args.critic == "paired":  # beyond the paper
+        if args.critic in paired.CRITICS:  # beyond the paper
             update, adversarial = paired.update_discriminators, paired.adversarial_loss
         # lines 11-19: scores, running means, one update of the discriminators
         of_batch |= update(run, kept, step)
@@ -196,7 +176,7 @@ def forward_pairs(run, batch: Packed) -> SimpleNamespace:
         out.h, out.h_ref, out.mask = h[batch.gather], h_ref[batch.gather], batch.mask
         fixed = adversarial and args.critic == "mse"
         with torch.set_grad_enabled(fixed):
-            of_texts = latent_mse(at_least_fp32(out.h), at_least_fp32(out.h_ref), out.mask)
+            of_texts = latent_mse(*map(policy.at_least_fp32, (out.h, out.h_ref)), out.mask)
             distances = sum((of_texts / 2).chunk(2))
         per_pair["latent_mse"] = distances.detach()
         if fixed:
@@ -213,7 +193,7 @@ def own_scores(run, h: Tensor, mask: Tensor) -> Tensor:
     inputs = ("disc_pos", h[: len(pos)], pos), ("disc_neg", h[len(pos) :], neg)
     with run.autocast():
         if run.args.checkpointing and torch.is_grad_enabled():
-            scores = [checkpoint(run.critics[k], *x, use_reentrant=False) for k, *x in inputs]
+            scores = [recomputed(run.critics[k], *x, use_reentrant=False) for k, *x in inputs]
         else:
             scores = [run.critics[k](*x) for k, *x in inputs]
     return torch.stack(scores)
@@ -249,7 +229,7 @@ def update_discriminators(run, kept: list, step: int) -> dict[str, Tensor]:
     scores = all_ranks(torch.cat(scores, dim=-1))  # (2, 3, B); this rank's part has its graph
     for (name, critic), s in zip(run.critics.items(), scores, strict=True):
         critic.update_means(*s.detach())  # lines 13-15
-        mu = critic.means() if args.mean == "ema" else s.mean(-1)  # batch means carry gradient
+        mu = critic.means() if args.ema_decay else s.mean(-1)  # batch means carry gradient
         loss = discriminator_loss(*s, *mu)  # lines 16-17
         losses = losses + loss
         s_ref, s_theta, _ = s.detach()
@@ -269,10 +249,10 @@ def adversarial_loss(run, kept: list) -> Tensor:
     """
     args, loss = run.args, 0
     s_theta = all_ranks(torch.cat([own_scores(run, out.h, out.mask) for out in kept], dim=-1))
-    if args.mean == "batch":
+    if args.ema_decay == 0:
         s_ref = all_ranks(torch.cat([own_scores(run, o.h_ref, o.mask) for o in kept], dim=-1))
     for j, critic in enumerate(run.critics.values()):
-        if args.mean == "ema":
+        if args.ema_decay:
             loss = loss + generator_loss(s_theta[j], critic.means()[0], args.adv_loss)
         else:
             mu_ref, mu_theta = s_ref[j].mean(), s_theta[j].mean()
@@ -319,7 +299,7 @@ def check_input(args, device: torch.device):
     Returns the tokenizer, the policy's config, the data, and the held-out data or None without
     --eval_every. Raises InputError. Nothing here communicates between ranks.
     """
-    check_out_dir(args)
+    checkpoint.check_out_dir(args)
     if (
         args.dtype == "bfloat16"
         and torch.cuda.is_available()
@@ -327,9 +307,9 @@ def check_input(args, device: torch.device):
     ):
         raise InputError("--dtype bfloat16: this GPU does not support it; pass --dtype float32")
     distributed.check_batch_size(args.batch_size)
-    config = read_model_config(args.model, args.max_length)
-    ref_config = read_model_config(args.ref_model, args.max_length, "--ref_model")
-    tokenizer = read_tokenizer(args.model, args.chat_template)
+    config = policy.read_model_config(args.model, args.max_length)
+    ref_config = policy.read_model_config(args.ref_model, args.max_length, "--ref_model")
+    tokenizer = policy.read_tokenizer(args.model, args.chat_template)
     lora.check(args)
     for c in (config, ref_config):
         attention.choose(args.attention, c, device, DTYPES[args.dtype])
@@ -338,13 +318,10 @@ def check_input(args, device: torch.device):
         raise InputError(f"hidden size of the policy {sizes}: their latents cannot be compared")
     data, held_out = load_data(args, tokenizer, args.max_length, print0, args.eval_every > 0)
     if args.ref_model != args.model and needs_reference(args):
-        check_tokens(data, tokenizer, read_tokenizer(args.ref_model, flag="--ref_model"))
-    largest = max(int(ids.max()) for t in data.triplets for ids in t[:3])
-    limit = min(config.vocab_size, ref_config.vocab_size)
-    if largest >= limit:
-        raise InputError(
-            f"token id {largest} is beyond the vocabulary of policy and reference, {limit} tokens"
-        )
+        check_tokens(data, tokenizer, policy.read_tokenizer(args.ref_model, flag="--ref_model"))
+    triplets = data.triplets + (held_out.triplets if held_out else [])
+    for whose, c in (("--model", config), ("--ref_model", ref_config)):
+        policy.check_token_ids((ids for t in triplets for ids in t[:3]), c, whose)
     return tokenizer, config, data, held_out
 
 
@@ -369,7 +346,7 @@ def plan(args, data: PreferenceData, device: torch.device) -> Survey:
     plans = survey(epoch, args, dist.get_world_size())
     # the forwards whose graphs are kept at once
     alive = plans.heaviest if trains_critics(args) else [plans.longest]
-    needed = least_memory(
+    needed = policy.least_memory(
         args.model,
         args.ref_model if needs_reference(args) else None,
         DTYPES[args.dtype],
@@ -378,8 +355,8 @@ def plan(args, data: PreferenceData, device: torch.device) -> Survey:
         shards=distributed.sharing_ranks(),
         adapters=lora.adapters_of(args),
     )
-    print0(memory_line(needed))
-    refuse_what_cannot_fit(needed, distributed.available_memory(device))
+    print0(policy.memory_line(needed))
+    policy.refuse_what_cannot_fit(needed, distributed.available_memory(device))
     return plans
 
 
@@ -407,7 +384,7 @@ def build(args, config: PretrainedConfig, device: torch.device) -> SimpleNamespa
 
     def load(flag, name, *settings, **more):
         kind = attention.choose(args.attention, AutoConfig.from_pretrained(name), device, dtype)
-        loader = partial(load_lm, name, *settings, attention_kind=kind, **more)
+        loader = partial(policy.load_lm, name, *settings, attention_kind=kind, **more)
         return distributed.load_sharded(loader, mesh, device, dtype, f"{flag} {name}:")
 
     run.policy = load("--model", args.model, own, args.checkpointing, adapters=adapters)
@@ -422,7 +399,7 @@ def build(args, config: PretrainedConfig, device: torch.device) -> SimpleNamespa
     if run.critics:
         run.critics.to(device, master)
         distributed.assert_equal_on_ranks(run.critics)
-        betas = (0.5, 0.9) if args.critic == "paired" else (0.9, 0.999)
+        betas = (0.5, 0.9) if args.critic in paired.CRITICS else (0.9, 0.999)
         run.critic_optimizer = torch.optim.AdamW(  # [choice 10]
             run.critics.parameters(), args.disc_lr, betas, weight_decay=0.01, fused=True
         )
@@ -446,7 +423,7 @@ def check_start(run, batch: Packed):
     known = {"dpo": LN2, "ipo": 1 / (4 * args.beta**2)}.get(args.loss)
     if known:
         off["loss"] = (run.opo_loss(lp) / known - 1).abs().max()
-    if run.critics and args.critic != "paired":
+    if run.critics and args.critic not in paired.CRITICS:
         run.critics.eval()
         scores = quad_scores(run, h_ref[batch.gather], h[batch.gather], batch.mask)
         for name, (s_ref, s_theta, _) in zip(run.critics, scores, strict=True):
@@ -476,10 +453,10 @@ def begin(run, out_dir: Path, data: PreferenceData) -> int:
     """
     args, start = run.args, 0
     if args.resume:
-        manifest = newest_state(out_dir)
+        manifest = checkpoint.newest_state(out_dir)
         if manifest:
             start = manifest["step"]
-            load_state(out_dir, manifest, run.trained)
+            checkpoint.load_state(out_dir, manifest, run.trained)
         elif any(Path(out_dir, "state").glob("step-*")):
             raise InputError(f"{out_dir}: every state is damaged; remove its state/ to begin anew")
         print0(f"resumed after step {start}")
@@ -570,12 +547,12 @@ def train(
     build_miniature(args, partial(check_input, device=device))
     tokenizer, config, data, held_out = check_input(args, device)
     plans = plan(args, data, device)
-    out_dir = claim_out_dir(args, stack)
+    out_dir = checkpoint.claim_out_dir(args, stack)
     args.out_dir = str(out_dir)
     max_steps = args.max_steps or data.steps(args.batch_size) * args.epochs
     reference = args.ref_model if needs_reference(args) else None
     run_config = report.config_of(args, device, data, held_out, max_steps)
-    run_config |= model_fingerprints(model=args.model, ref_model=reference)
+    run_config |= checkpoint.model_fingerprints(model=args.model, ref_model=reference)
     if args.resume:
         report.check_same(report.read_config(out_dir), run_config)
     run = build(args, config, device)
@@ -584,9 +561,9 @@ def train(
     torch.manual_seed(args.seed + 1 + run.rank)  # the critics' dropout is the only noise to come
     report.print_header(run, argv, tokenizer, data, held_out, plans)
     start = begin(run, out_dir, data)
-    check_space(out_dir, room_needed(run.trained, args.keep, out_dir))
+    checkpoint.check_space(out_dir, checkpoint.room_needed(run.trained, args.keep, out_dir))
     wants_table = args.eval_every > 0 and is_miniature(args.dataset, args.seed)
-    ready = partial(open_run, out_dir, run_config, start, last, wants_table)
+    ready = partial(checkpoint.open_run, out_dir, run_config, start, last, wants_table)
     if not distributed.from_rank_0(ready, "--out_dir"):
         print0(f"{out_dir} has finished its {start} steps: nothing to do")
         return False
@@ -620,7 +597,7 @@ def train(
         if stopping or done == last or args.save_every and done % args.save_every == 0:
             metrics_csv.sync()
             eval_csv.sync()
-            save_state(out_dir, done, args.keep, run.trained)
+            checkpoint.save_state(out_dir, done, args.keep, run.trained)
         if stopping and done < last:
             again = resume_command(program, argv, out_dir)
             print0(f"stopped after step {done}; resume with: {again}")
@@ -628,8 +605,8 @@ def train(
     print0(f"trained {last - start} steps in {time.perf_counter() - clock:.0f} s")
     if run.critics:
         path, settings = out_dir / "discriminators.pt", critic_settings(args, config.hidden_size)
-        save_discriminators(path, run.critics, settings)
-    export_policy(run.policy, tokenizer, out_dir / "hf")
+        checkpoint.save_discriminators(path, run.critics, settings)
+    checkpoint.export_policy(run.policy, tokenizer, out_dir / "hf")
     if wants_table:
         final_table(run, out_dir)
     print0(f"wrote {out_dir}")

@@ -51,7 +51,7 @@ PROMPTS = 500  # on which each cell is examined
 
 DPO, SIMPO, MSE = ["--lambda_adv=0"], ["--loss=simpo"], ["--critic=mse", "--lambda_adv=3"]
 PUBLISHED = "--adv_loss=nonsaturating --lambda_adv=0.5 --disc_every=16".split()
-PAIRED, PAIRED_H = ["--critic=paired"], ["--critic=paired", "--critic_input=h", "--disc_steps=5"]
+PAIRED, PAIRED_H = ["--critic=paired"], ["--critic=paired_h"]
 CELLS = {  # flags by regime/name; a regime is a learning rate, ganpo is the default
     "mild/dpo": DPO,
     "mild/ganpo": [],
@@ -61,7 +61,7 @@ CELLS = {  # flags by regime/name; a regime is a learning rate, ganpo is the def
     "mild/disc_lr_half": ["--disc_lr=5e-5"],
     "mild/app_b": ["--lambda_adv=1", "--disc_lr=5e-5"],  # App. B with Eq 18
     "mild/published": [*PUBLISHED, "--disc_lr=5e-5"],
-    "mild/batch_means": ["--mean=batch"],
+    "mild/batch_means": ["--ema_decay=0"],
     "mild/nonsaturating": ["--adv_loss=nonsaturating"],
     "mild/mlp": ["--critic=mlp"],
     "mild/mse": MSE,

@@ -234,7 +234,7 @@ class OutputCritic(paired.TokenCritic):
     `fisher`."""
 
     def __init__(self, hidden_size, hidden, **_):
-        super().__init__(VOCABULARY, hidden, differences=True)
+        super().__init__(VOCABULARY, hidden)
 
     def inputs(self, h_theta, h_ref):
         p, z = logit_change(self.run[0], h_theta, h_ref)
@@ -251,9 +251,6 @@ def paired_output(strength):
 
 class TokenWeights(paired.TokenCritic):
     """Says, from the reference's latents, which tokens of a text count: w (N, L) of mean 1."""
-
-    def __init__(self, hidden_size, hidden, **_):
-        super().__init__(hidden_size, hidden, differences=False)
 
     def weights(self, h_ref: Tensor, mask: Tensor) -> Tensor:
         scores = self.token_scores(h_ref).masked_fill(~mask, -torch.inf)
@@ -455,11 +452,10 @@ def damage(strength):
         yield flags
 
 
-class FrozenCritic(paired.TokenCritic):
-    """Reads latents, as --critic_input h."""
+class FrozenCritic(paired.LatentCritic):
+    """Reads latents, and is updated once per batch of learn_damage."""
 
-    def __init__(self, hidden_size, hidden, **_):
-        super().__init__(hidden_size, hidden, differences=False)
+    updates = 1
 
 
 def learn_damage(run, orders=(101, 102), steps=300):
@@ -475,7 +471,7 @@ def learn_damage(run, orders=(101, 102), steps=300):
                 lm(batch, head=False).h[0][batch.gather] for lm in (run.ref, models[step % 2])
             )
         out = SimpleNamespace(h=h, h_ref=h_ref, mask=batch.mask, per_pair={})
-        settings = Namespace(disc_every=1, disc_steps=1, batch_size=16)
+        settings = Namespace(disc_every=1, batch_size=16)
         trained = SimpleNamespace(
             args=settings, critics=run.critics, critic_optimizer=run.critic_optimizer
         )

@@ -15,9 +15,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+import checkpoint
 import eval_alpaca
 import reward_model
-import train_ganpo
 from apo import train_apo
 from apo.train_apo import accuracy_and_ece, best_and_worst, difference_loss, pair_loss
 from data import user_chat
@@ -215,7 +215,7 @@ def test_the_reward_model_never_sees_the_llms_prompts(handed):
         (["--aligner=ppo"], "invalid choice"),
         (["--samples=1"], "1 is not in [2,"),
         (["--", "--losss=dpo"], "unrecognized arguments: --losss=dpo"),
-        (["--", "--critic=paired", "--mean=batch"], "--critic paired does not use --mean"),
+        (["--", "--critic=paired", "--ema_decay=0"], "--critic paired does not use --ema_decay"),
         (["--", "--lr=1"], "--lr after --: the game sets it"),
     ],
 )
@@ -333,9 +333,9 @@ def test_a_game_interrupted_anywhere_ends_as_an_undisturbed_one(game, monkeypatc
         (eval_alpaca, "append", 3),  # after a round's answers
         (reward_model, "save_state", 1),  # inside a reward model
         (reward_model, "export_policy", 1),  # before its margins are written
-        (train_ganpo, "save_state", 1),  # inside the LLM's step
+        (checkpoint, "save_state", 1),  # inside the LLM's step
         (train_apo, "write_synced", 2),
-        (train_ganpo, "export_policy", 2),
+        (checkpoint, "export_policy", 2),
     ):
         interrupt(module, name, when)
         resume = ["--resume"]

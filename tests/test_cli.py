@@ -52,7 +52,7 @@ def actions():
 
 
 def test_there_are_few_flags_and_each_help_names_its_default():
-    assert len(actions()) <= 48
+    assert len(actions()) <= 45
     for name, action in actions().items():
         inside = re.search(r"\[(.+)\]$", action.help)
         assert inside, f"--{name}: {action.help!r} ends with no [default]"
@@ -113,12 +113,9 @@ def test_the_papers_presets_train_a_tiny_model_of_their_family(
 
 
 USELESS = [  # a loss or critic, and a flag that it does not use
-    *(("--critic=paired", f) for f in ("--disc_layers=3", "--disc_dropout=.1", "--mean=batch",
-                                       "--ema_decay=.5", "--adv_loss=nonsaturating")),
-    *((f"--critic={kind}", flag) for kind in ("transformer", "mlp", "mse")
-      for flag in ("--critic_input=h", "--disc_steps=2")),
+    *((f"--critic={kind}", flag) for kind in ("paired", "paired_h") for flag in (
+        "--disc_layers=3", "--disc_dropout=.1", "--ema_decay=.5", "--adv_loss=nonsaturating")),
     ("--critic=mlp", "--disc_layers=3"), ("--critic=mlp", "--disc_dropout=.1"),
-    ("--mean=batch", "--ema_decay=.5"),
     *((f"--loss={loss}", "--gamma_beta_ratio=.5") for loss in ("dpo", "ipo", "sft")),
 ]  # fmt: skip
 
@@ -148,13 +145,13 @@ def test_flags_of_critics_are_named_in_the_header_of_a_run_without_one(
     without, reason, tiny_world, tmp_path, capsys
 ):
     """One command line serves GANPO and its baselines, so these are not refused."""
-    more = (*without, "--disc_lr=1e-3", "--mean=batch", "--max_steps=1")
+    more = (*without, "--disc_lr=1e-3", "--ema_decay=0", "--max_steps=1")
     run(tiny_world, tmp_path / "r", *more)
     lines = capsys.readouterr().out.splitlines()
     (line,) = [x for x in lines if x.startswith("not used with")]
     named, names = re.fullmatch(r"not used with (.*): (.*)", line).groups()
     assert named == reason
-    assert {*names.split(", ")} == {"--disc_lr", "--mean", "--disc_hidden"}
+    assert {*names.split(", ")} == {"--disc_lr", "--ema_decay", "--disc_hidden"}
     run(tiny_world, tmp_path / "s", *more[len(without) :])
     assert "not used with" not in capsys.readouterr().out
 
@@ -176,9 +173,9 @@ def test_other_given_flags_that_have_no_effect_are_named_with_the_reason():
 @pytest.mark.parametrize("argv", [
     ["--preset=gemma-2-2b-it", "--lr=4e-7", "--dataset_config=a", "--strip_thinking"],
     ["--loss=simpo", "--seed=3", "--lambda_adv=0", "--disc_layers=3", "--epochs=2"],
-    ["--critic=paired", "--critic_input=h", "--dataset=mine.jsonl", "--checkpointing"],
+    ["--critic=paired_h", "--dataset=mine.jsonl", "--checkpointing"],
     ["--preset=mini-paired", "--disc_hidden=32", "--beta=0.1"],
-    ["--critic=mlp", "--mean=batch", "--dataset=a.jsonl", "--eval_split=b.jsonl", "--keep=1"],
+    ["--critic=mlp", "--ema_decay=0", "--dataset=a.jsonl", "--eval_split=b.jsonl", "--keep=1"],
 ])  # fmt: skip
 def test_the_config_of_a_run_stands_for_the_flags_that_made_it(argv, tmp_path):
     """Settings that no critic of the run uses are in it too, and neither refused nor named."""
@@ -369,7 +366,7 @@ FIRST = [  # what a user of the miniature may get wrong; it takes more than a mi
     (["--max_length=3"], "fewer pairs than --batch_size 32: .*prompt leaves no room"),
     (["--split=test"], "no split 'test'; a single file has one, 'train'"),
     (["--attention=flex"], "--attention flex needs a GPU and bfloat16"),
-    (["--critic=paired", "--mean=batch"], "--critic paired does not use --mean"),
+    (["--critic=paired", "--ema_decay=0"], "--critic paired does not use --ema_decay"),
 ]
 
 
@@ -493,11 +490,14 @@ def test_a_line_of_a_megabyte_and_nul_bytes_train(tiny_world, tmp_path):
 
 
 def test_token_ids_and_latents_that_do_not_fit_are_refused(tiny_world, tmp_path):
-    for name, changes in (("small", {"vocab_size": 100}), ("wide", {"hidden_size": 64})):
+    for name, changes in (("small", {"vocab_size": 228}), ("wide", {"hidden_size": 64})):
         make_model(tmp_path / name, **changes)
+    far = [{"prompt": "a", "chosen": "\u0101", "rejected": "b"}]  # one of its tokens is 229
+    held_out = f"--eval_split={write_lines(tmp_path / 'far.jsonl', far)}", "--eval_every=1"
     for flag in ("--model", "--ref_model"):
-        with pytest.raises(SystemExit, match="beyond the vocabulary .*, 100 tokens"):
-            train_ganpo.main(flags(tiny_world, tmp_path / "r", f"{flag}={tmp_path / 'small'}"))
+        with pytest.raises(SystemExit, match=f"beyond the vocabulary of {flag}, 228 tokens"):
+            argv = f"{flag}={tmp_path / 'small'}", *held_out
+            train_ganpo.main(flags(tiny_world, tmp_path / "r", *argv))
     for more in ("--lambda_adv=1", "--lambda_adv=0"):
         argv = flags(tiny_world, tmp_path / "r", f"--ref_model={tmp_path / 'wide'}", more)
         with pytest.raises(SystemExit, match="hidden size of the policy 32, of the reference 64"):

@@ -15,6 +15,7 @@ import gzip
 import io
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -1286,6 +1287,21 @@ def test_many_rows_give_what_one_process_gives_and_are_tokenised_once(
     assert read == f"token ids of 400 rows read from {kept.split()[-1]}"
 
 
+def test_a_worker_is_sent_its_own_rows_and_not_all(many, tmp_path, monkeypatch):
+    """Otherwise what is sent would grow with the number of workers."""
+    import datasets
+
+    many(1), monkeypatch.setattr(data, "PIECE", 10)
+
+    def sent(table, *_, **__):
+        whole, share = (len(pickle.dumps(x)) for x in (table, table.shard(4, 1, contiguous=True)))
+        raise RuntimeError(f"{share / whole:.1f} of all.")
+
+    monkeypatch.setattr(datasets.Dataset, "map", sent)
+    with pytest.raises(InputError, match=": 0.3 of all.$"):
+        load(tmp_path, good(400))
+
+
 def test_refusals_are_the_same_with_many_rows(many, tmp_path):
     rows = good(60) + [row("same", "a", "a")] * 2
     source = write_lines(tmp_path / "rows.jsonl", rows)
@@ -1298,7 +1314,7 @@ def test_kept_ids_are_those_of_the_same_rows_tokenizer_template_and_settings(mon
     def key(rows=(1,), tokenizer=None, day="2024-01-05", max_length=64, strip_thinking=False):
         encoder = ChatEncoder(tokenizer or tiny(), day)
         settings = dict(max_length=max_length, strip_thinking=strip_thinking)
-        return data.hash_of([*good(3), *rows], encoder, **settings)
+        return data.hash_of([*map(pickle.dumps, [*good(3), *rows])], encoder, **settings)
 
     dated = tiny(DATED)
     keys = [key(), key(rows=[]), key(rows=["\ud83d"]), key(max_length=65), key(strip_thinking=True),

@@ -133,7 +133,7 @@ def test_the_base_is_read_once_stays_in_bfloat16_and_adapters_alone_train_in_flo
     """With a critic, which reads the reference's latents, and with --checkpointing."""
     reads, seen, inner = [], [], train_ganpo.train_step
     monkeypatch.setattr(
-        train_ganpo,
+        policy,
         "load_lm",
         lambda *a, **k: reads.extend([a] * ("shell" not in k)) or load_lm(*a, **k),
     )

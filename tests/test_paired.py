@@ -55,7 +55,7 @@ def test_losses_equal_sums_over_tokens_and_are_ln_2_where_the_models_agree(monke
     assert masked_mean(u, mask).isfinite().all()
 
 
-def naive_paired(world, steps, differences, inner, penalty, lambda_adv, lr, disc_lr):
+def naive_paired(world, steps, kind, inner, penalty, lambda_adv, lr, disc_lr):
     """Algorithm 1 with the losses of the paired critic."""
     policy, ref = (
         AutoModelForCausalLM.from_pretrained(world / "llama", dtype=torch.float64).eval()
@@ -63,9 +63,7 @@ def naive_paired(world, steps, differences, inner, penalty, lambda_adv, lr, disc
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        critics = [
-            build_discriminator("paired", 32, 16, differences=differences).double() for _ in "pn"
-        ]
+        critics = [build_discriminator(kind, 32, 16).double() for _ in "pn"]
     optimizer = torch.optim.AdamW(policy.parameters(), lr, weight_decay=0)
     disc_optimizer = torch.optim.AdamW(
         [p for c in critics for p in c.parameters()], disc_lr, (0.5, 0.9)
@@ -73,7 +71,7 @@ def naive_paired(world, steps, differences, inner, penalty, lambda_adv, lr, disc
     data, rows = load_pairs(str(world / "train.jsonl"), "train", tiny(), 64), []
 
     def inputs(h_theta, h_ref):
-        return (h_theta - h_ref, 0 * h_ref) if differences else (h_theta, h_ref)
+        return (h_theta - h_ref, 0 * h_ref) if kind == "paired" else (h_theta, h_ref)
 
     for step in range(steps):
         factor = 1 if step == 0 else 0.5 * (1 + math.cos(math.pi * (step - 1) / (steps - 1)))
@@ -99,7 +97,7 @@ def naive_paired(world, steps, differences, inner, penalty, lambda_adv, lr, disc
                         slopes = slopes + (g**2).sum(-1)
                     u = s_ref - s_theta
                     total = total + (softplus(-u) + penalty / 2 * slopes).mean()
-                    if not differences:
+                    if kind == "paired_h":
                         other = critic.token_scores(h_ref[(i + 8) % 16]).mean()
                         total = total + softplus(other - critic.token_scores(h_ref[i]).mean())
                     won += ((u.sign() + 1) / 2).mean().item() / 8
@@ -133,17 +131,13 @@ def naive_paired(world, steps, differences, inner, penalty, lambda_adv, lr, disc
     return rows, policy, critics
 
 
-@pytest.mark.parametrize("differences, inner", [(True, 1), (False, 3)])
-def test_three_steps_equal_a_naive_paired_game(
-    differences, inner, tiny_world, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("kind, inner", [("paired", 1), ("paired_h", 5)])
+def test_three_steps_equal_a_naive_paired_game(kind, inner, tiny_world, tmp_path, monkeypatch):
     monkeypatch.setattr(paired, "SLOPE_PENALTY", 7.0)
-    expected, policy, critics = naive_paired(
-        tiny_world, 3, differences, inner, 7.0, 5.0, 3e-3, 3e-2
-    )
+    expected, policy, critics = naive_paired(tiny_world, 3, kind, inner, 7.0, 5.0, 3e-3, 3e-2)
     rows, weights = run(
         tiny_world, tmp_path / "r", *PAIRED, "--dtype=float64", "--micro_batch_size=3",
-        f"--disc_steps={inner}", f"--critic_input={'diff' if differences else 'h'}",
+        f"--critic={kind}",
     )  # fmt: skip
     assert len(rows) == 3
     for row, known in zip(rows, expected, strict=True):
@@ -156,12 +150,9 @@ def test_three_steps_equal_a_naive_paired_game(
             assert (weights[f"{sign}.{name}"] - p).abs().max() < 1e-4, name
 
 
-@pytest.mark.parametrize("kind", ["diff", "h"])
+@pytest.mark.parametrize("kind", paired.CRITICS)
 def test_step_0_has_the_known_values_and_the_critic_soon_tells_apart(kind, tiny_world, tmp_path):
-    rows, _ = run(
-        tiny_world, tmp_path / "r", *PAIRED, f"--critic_input={kind}", "--epochs=8",
-        "--disc_steps=3",
-    )  # fmt: skip
+    rows, _ = run(tiny_world, tmp_path / "r", *PAIRED, f"--critic={kind}", "--epochs=8")
     first, last = rows[0], rows[-1]
     assert first["loss_adv"] == pytest.approx(LN2, abs=1e-6)
     assert first["score_gap_pos"] == first["score_gap_neg"] == first["latent_mse"] == 0
@@ -187,7 +178,7 @@ def test_the_critic_keeps_its_policy_nearer_to_the_reference(tiny_world, tmp_pat
 
 
 def test_a_paired_run_resumes_bit_for_bit(tiny_world, tmp_path):
-    more = (*PAIRED, "--epochs=2", "--disc_steps=2", "--critic_input=h")
+    more = (*PAIRED, "--epochs=2", "--critic=paired_h")
     straight, weights = run(tiny_world, tmp_path / "a", *more)
     run(tiny_world, tmp_path / "b", *more, "--stop_after=2")
     rows, again = run(tiny_world, tmp_path / "b", *more, "--resume")
@@ -215,6 +206,5 @@ def test_the_preset_and_what_the_paired_critic_does_not_go_with():
     assert vars(same) | {"preset": ""} == vars(paired) | {"preset": ""}
     gemma = train_ganpo.parse_args(["--preset=gemma-2-2b-it", "--critic=paired", "--lr=1e-6"])
     assert (gemma.disc_lr, gemma.lr, gemma.batch_size) == (3e-3, 1e-6, 128)
-    steps = {kind: train_ganpo.parse_args(["--critic=paired", f"--critic_input={kind}"]).disc_steps
-             for kind in ("h", "diff")}  # fmt: skip
-    assert steps == {"h": 5, "diff": 1}
+    latents = train_ganpo.parse_args(["--critic=paired_h"])
+    assert vars(latents) | {"critic": "paired"} == vars(same)

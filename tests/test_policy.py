@@ -725,10 +725,8 @@ def test_the_graphs_that_count_are_those_that_are_alive_at_once(
 ):
     """With a trained critic those of a step, otherwise those of one forward."""
     seen = []
-    inner = train_ganpo.least_memory
-    monkeypatch.setattr(
-        train_ganpo, "least_memory", lambda *a, **k: seen.append(k) or inner(*a, **k)
-    )
+    inner = policy.least_memory
+    monkeypatch.setattr(policy, "least_memory", lambda *a, **k: seen.append(k) or inner(*a, **k))
     tokens = []  # of each step, of each forward
     step = train_ganpo.train_step
 

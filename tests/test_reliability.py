@@ -76,19 +76,19 @@ def states(out):
 
 
 @pytest.mark.parametrize(
-    "stop, loss, mean, ranks",
+    "stop, loss, decay, ranks",
     [
-        (2, "dpo", "ema", 2), (2, "simpo", "batch", 1), (3, "dpo", "ema", 1),
-        (3, "simpo", "batch", 2), slow(2, "dpo", "ema", 1), slow(2, "simpo", "batch", 2),
-        slow(3, "dpo", "ema", 2), slow(3, "simpo", "batch", 1),
+        (2, "dpo", 0.9, 2), (2, "simpo", 0, 1), (3, "dpo", 0.9, 1),
+        (3, "simpo", 0, 2), slow(2, "dpo", 0.9, 1), slow(2, "simpo", 0, 2),
+        slow(3, "dpo", 0.9, 2), slow(3, "simpo", 0, 1),
     ],
 )  # fmt: skip
 def test_stop_and_resume_equal_an_undisturbed_run_bit_for_bit(
-    stop, loss, mean, ranks, tiny_world, tmp_path
+    stop, loss, decay, ranks, tiny_world, tmp_path
 ):
     """Within an epoch and at the first step of the second one (3 steps), with the critics' dropout
     as noise."""
-    more = (f"--loss={loss}", f"--mean={mean}", "--epochs=2", "--disc_dropout=0.3",
+    more = (f"--loss={loss}", f"--ema_decay={decay}", "--epochs=2", "--disc_dropout=0.3",
             "--micro_batch_size=2", "--disc_every=2")  # fmt: skip
     straight, weights = run(tiny_world, tmp_path / "a", *more, ranks=ranks)
     run(tiny_world, tmp_path / "b", *more, f"--stop_after={stop}", ranks=ranks)
@@ -132,7 +132,7 @@ def test_a_run_that_ended_before_its_export_exports_when_resumed(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_ganpo, "export_policy", end)
+        patch.setattr(checkpoint, "export_policy", end)
         with pytest.raises(KeyboardInterrupt):
             train_ganpo.main(flags(tiny_world, tmp_path / "r", *more, "--resume"))
     torch.distributed.destroy_process_group()
@@ -168,7 +168,7 @@ CHANGED = [
     ("loss", "dpo", ["--loss=ipo"]),
     ("lambda_adv", "0.1", ["--lambda_adv=0.2"]),
     ("beta", "0.1", ["--beta=0.2"]),
-    ("mean", "ema", ["--mean=batch"]),
+    ("ema_decay", "0.9", ["--ema_decay=0"]),
     ("critic", "transformer", ["--critic=mlp"]),
     ("disc_hidden", "16", ["--disc_hidden=32"]),
     ("disc_lr", "0.03", ["--disc_lr=0.02"]),
@@ -615,8 +615,8 @@ def test_a_run_killed_before_its_first_state_begins_anew(tiny_world, tmp_path, c
 
 
 def slow_saves(rank):
-    inner = train_ganpo.save_state
-    train_ganpo.save_state = lambda *a: (time.sleep(30), inner(*a))
+    inner = checkpoint.save_state
+    checkpoint.save_state = lambda *a: (time.sleep(30), inner(*a))
 
 
 def test_torn_rows_of_metrics_are_dropped(six_steps, tiny_world, tmp_path):
@@ -795,13 +795,13 @@ def test_a_signal_lets_the_last_evaluation_end(tiny_world, tmp_path):
 
 
 def sleepy_saves(rank):
-    inner = train_ganpo.save_state
+    inner = checkpoint.save_state
 
     def save(*args):
         time.sleep(0.5)
         inner(*args)
 
-    train_ganpo.save_state = save
+    checkpoint.save_state = save
 
 
 @pytest.mark.parametrize("ranks", [1, slow(2)])

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import checkpoint
 import discriminator
 import paired
 import report
@@ -66,7 +67,7 @@ def naive_quad(critics, h_ref, h_theta):
     ]
 
 
-def naive_algorithm_1(world, steps, loss, mean, kind, lambda_adv, beta, ratio, lr, disc_lr, total):
+def naive_algorithm_1(world, steps, loss, decay, kind, lambda_adv, beta, ratio, lr, disc_lr, total):
     """Algorithm 1 as the paper lists it, line by line: no packing, sharding, splitting or fused
     step."""
     args = str(world / "llama"), torch.float64
@@ -76,7 +77,7 @@ def naive_algorithm_1(world, steps, loss, mean, kind, lambda_adv, beta, ratio, l
     with torch.random.fork_rng():
         torch.manual_seed(0)
         critics = [
-            build_discriminator("transformer", 32, 16, 2, 0.0, 64, 0.9).double() for _ in range(2)
+            build_discriminator("transformer", 32, 16, 2, 0.0, 64, decay).double() for _ in range(2)
         ]
     optimizer = torch.optim.AdamW(policy.parameters(), lr, weight_decay=0)
     disc_optimizer = torch.optim.AdamW([p for c in critics for p in c.parameters()], disc_lr)
@@ -103,11 +104,11 @@ def naive_algorithm_1(world, steps, loss, mean, kind, lambda_adv, beta, ratio, l
             naive_quad(critics, h_ref, [h.detach() for h in h_theta])
         ):
             averages[j] = [
-                0.9 * m + 0.1 * s.mean().item()
+                decay * m + (1 - decay) * s.mean().item()
                 for m, s in zip(averages[j], (s_ref, s_theta, s_other), strict=True)
             ]
-            mu = [m / (1 - 0.9 ** (step + 1)) for m in averages[j]]
-            if mean == "batch":
+            mu = [m / (1 - decay ** (step + 1)) for m in averages[j]]
+            if decay == 0:
                 mu = [s_ref.mean(), s_theta.mean(), s_other.mean()]
             disc_losses.append(
                 softplus(mu[1] - s_ref).mean() + softplus(s_theta - mu[0]).mean()
@@ -122,7 +123,7 @@ def naive_algorithm_1(world, steps, loss, mean, kind, lambda_adv, beta, ratio, l
 
         adv = 0
         for (s_ref, s_theta, _), mu in zip(naive_quad(critics, h_ref, h_theta), mus, strict=True):
-            if mean == "batch":
+            if decay == 0:
                 m_ref, m_theta = s_ref.detach().mean(), s_theta.mean()
                 if kind == "minimax":
                     adv = (
@@ -165,16 +166,16 @@ def naive_algorithm_1(world, steps, loss, mean, kind, lambda_adv, beta, ratio, l
 
 
 @pytest.mark.parametrize(
-    "loss, mean, kind",
-    [("dpo", "ema", "minimax"), ("simpo", "batch", "minimax"),
-     ("dpo", "batch", "nonsaturating"), ("simpo", "ema", "nonsaturating")],
+    "loss, decay, kind",
+    [("dpo", 0.9, "minimax"), ("simpo", 0, "minimax"),
+     ("dpo", 0, "nonsaturating"), ("simpo", 0.5, "nonsaturating")],
 )  # fmt: skip
-def test_three_steps_equal_a_naive_algorithm_1(loss, mean, kind, tiny_world, tmp_path):
+def test_three_steps_equal_a_naive_algorithm_1(loss, decay, kind, tiny_world, tmp_path):
     expected, policy, critics = naive_algorithm_1(
-        tiny_world, 3, loss, mean, kind, 0.7, 2.0 if loss == "simpo" else 0.1, 0.5, 3e-3, 3e-2, 3
+        tiny_world, 3, loss, decay, kind, 0.7, 2.0 if loss == "simpo" else 0.1, 0.5, 3e-3, 3e-2, 3
     )
     rows, weights = run(
-        tiny_world, tmp_path / "r", "--dtype=float64", f"--loss={loss}", f"--mean={mean}",
+        tiny_world, tmp_path / "r", "--dtype=float64", f"--loss={loss}", f"--ema_decay={decay}",
         f"--adv_loss={kind}", "--lambda_adv=0.7", "--micro_batch_size=3",
     )  # fmt: skip
     assert len(rows) == 3
@@ -190,9 +191,10 @@ def test_three_steps_equal_a_naive_algorithm_1(loss, mean, kind, tiny_world, tmp
 
 
 SETTINGS = [
-    ("--loss=dpo", "--mean=ema"), ("--loss=dpo", "--mean=batch"), ("--loss=simpo", "--mean=ema"),
-    ("--loss=simpo", "--mean=batch"), ("--critic=mse",), ("--lambda_adv=0",),
-    ("--critic=paired",), ("--critic=paired", "--critic_input=h", "--disc_steps=2"),
+    ("--loss=dpo", "--ema_decay=.5"), ("--loss=dpo", "--ema_decay=0"),
+    ("--loss=simpo", "--ema_decay=.5"), ("--loss=simpo", "--ema_decay=0"), ("--critic=mse",),
+    ("--lambda_adv=0",),
+    ("--critic=paired",), ("--critic=paired_h",),
 ]  # fmt: skip
 
 
@@ -367,7 +369,7 @@ def test_a_run_whose_reference_is_not_the_policy_stops_at_the_start(
             lm.model.base_model.norm.weight.data[3] += 0.1
         return lm
 
-    monkeypatch.setattr(train_ganpo, "load_lm", spoiled)
+    monkeypatch.setattr("policy.load_lm", spoiled)
     with pytest.raises(SystemExit, match="differ at the start: latents by"):
         train_ganpo.main(flags(tiny_world, tmp_path / "r"))
     assert not (tmp_path / "r" / "metrics.csv").exists()
@@ -398,7 +400,7 @@ def test_lambda_0_is_the_plain_loss_bit_for_bit(loss, tiny_world, tmp_path, monk
         return load_lm(*args, **more)
 
     monkeypatch.setattr(discriminator, "build_discriminator", None)  # calling it would fail
-    monkeypatch.setattr(train_ganpo, "load_lm", load)
+    monkeypatch.setattr("policy.load_lm", load)
     rows, weights = run(tiny_world, tmp_path / "r", f"--loss={loss}", "--lambda_adv=0")
     assert len(loads) == {"dpo": 2, "simpo": 1}[loss]
 
@@ -411,7 +413,7 @@ def test_lambda_0_is_the_plain_loss_bit_for_bit(loss, tiny_world, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    "module, more", [(train_ganpo, "--mean=batch"), (paired, "--critic=paired")]
+    "module, more", [(train_ganpo, "--ema_decay=0"), (paired, "--critic=paired")]
 )
 def test_neither_policy_nor_critics_send_gradient_to_the_other(
     module, more, tiny_world, tmp_path, monkeypatch
@@ -523,14 +525,14 @@ def test_autocast_leaves_the_spectral_norms_as_they_are(monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_hf_folder_reloads_with_identical_logits(family, tiny_world, tmp_path, monkeypatch):
     trained = {}
-    inner = train_ganpo.export_policy
+    inner = checkpoint.export_policy
 
     def keep(policy, tokenizer, folder):
         with torch.no_grad():
             trained["logp"] = policy(pack(triplets_for(LENGTHS))).logp
         inner(policy, tokenizer, folder)
 
-    monkeypatch.setattr(train_ganpo, "export_policy", keep)
+    monkeypatch.setattr(checkpoint, "export_policy", keep)
     run(tiny_world, tmp_path / "r", "--max_steps=2", family=family)
     folder = tmp_path / "r" / "hf"
     with torch.no_grad():
@@ -597,11 +599,11 @@ def test_final_rows_are_means_with_the_standard_errors_of_paired_differences():
 
 
 def test_the_terminal_shows_what_is_trained_on_and_one_line_a_step(tiny_world, tmp_path, capsys):
-    run(tiny_world, tmp_path / "r", "--adv_loss=nonsaturating", "--mean=batch")
+    run(tiny_world, tmp_path / "r", "--adv_loss=nonsaturating", "--ema_decay=0")
     lines = capsys.readouterr().out.splitlines()
     text = "\n".join(lines)
     (settings,) = [line for line in lines if line.startswith("preset mini ")]
-    assert " adv_loss=nonsaturating mean=batch" in settings and "critic" not in settings
+    assert " adv_loss=nonsaturating ema_decay=0.0" in settings and "critic" not in settings
     assert settings.endswith(f"all settings: {tmp_path / 'r' / 'config.json'}")
     assert "8 pairs/step = 1 rank(s) x 1 forward(s) of up to 32 pairs" in text
     assert "28 pairs = 3 steps/epoch, 4 left over" in text

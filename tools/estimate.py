@@ -147,7 +147,7 @@ def run_critics(run, out) -> list[torch.Tensor]:
     That is before the discriminators' backward, or with the paired critic before the policy's. out
     is what forward_pairs returned. Returns the scores.
     """
-    if run.args.critic != "paired":
+    if run.args.critic not in paired.CRITICS:
         return [train_ganpo.quad_scores(run, out.h_ref, out.h.detach(), out.mask)]
     run.critics.requires_grad_(False)
     return [

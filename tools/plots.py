@@ -99,8 +99,9 @@ def name_of(config: dict) -> str | None:
     loss = loss or config["loss"]
     if config["lambda_adv"] == 0:
         return loss
-    others = {"paired": f"{loss} + paired critic", "mse": f"{loss} + MSE"}
-    return others.get(config["critic"], f"GANPO({loss})")
+    others = {"mse": "MSE", "paired": "paired critic", "paired_h": "paired critic of latents"}
+    other = others.get(config["critic"])
+    return f"{loss} + {other}" if other else f"GANPO({loss})"
 
 
 def read_runs(folders: list[str]) -> list[Run]:
