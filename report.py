@@ -9,6 +9,7 @@ explains each column. Shapes as in train_ganpo.py.
 import cpu
 
 import csv
+import io
 import json
 import math
 import os
@@ -188,9 +189,18 @@ class Table:
 
 
 def read_table(path: Path) -> list[dict[str, float]]:
-    """Returns the rows of metrics.csv, or of another table of numbers, without empty columns."""
-    with input_error_for(str(path)), Path(path).open() as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    """Returns the rows of metrics.csv or eval.csv, without empty columns.
+
+    A last row without its end is left out, because it may just be written. Raises InputError if the
+    file is no such table, or if a row has more or fewer values than there are columns.
+    """
+    with input_error_for(f"{path} is damaged"):
+        text, rows = Path(path).read_text(), []
+        for i, row in enumerate(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))):
+            if None in row or None in row.values():
+                raise InputError(f"row {i} has more or fewer values than there are columns")
+            rows.append({k: float(v) for k, v in row.items() if v} | {"step": int(row["step"])})
+    return rows
 
 
 # ---------------------------------------------------------------------- the terminal
