@@ -106,6 +106,7 @@ OF_WRITING = "chat_template max_new_tokens batch_size top_k top_p".split()  # by
 OF_ANNOTATIONS = {"judge", "alpaca_data", "timeout", "out"} | ONLY_ANNOTATIONS  # those it uses
 ALPACA, ALPACA_N = "tatsu-lab/alpaca_eval", 805  # AlpacaEval's data set, and its instructions
 BASELINE_FILE = "alpaca_eval_gpt4_baseline.json"
+OFFICIAL_FILES = "instruction_difficulty.csv", "df_gamed.csv"  # for the length-controlled rate
 BASELINE_COLUMNS = ("output", "generator", "dataset", "datasplit")
 READ_BY = {  # what judges read of a row of --prompts beside the prompt
     "mini": ("family", "solution", "args"),
@@ -486,11 +487,9 @@ def check_results(out: Path, settings: dict):
         check_same_settings(path, {k: settings.get(k) for k, v in old.items() if v is not None})
 
 
-def content(name: str | None, config: PretrainedConfig | None = None) -> str | None:
-    """Returns a hash of what a name leads to, a file or with a config a model; else the name."""
-    if name and Path(name).is_file():
-        return sha256(Path(name))[:16]
-    return fingerprint(name, config) if config else name
+def content(file: str | Path | None) -> str | None:
+    """Returns a hash of a file, None of None."""
+    return file and sha256(Path(file))[:16]
 
 
 def append(path: Path, rows: list[dict]):
@@ -666,6 +665,8 @@ def annotated(args) -> tuple[list[dict], list[dict], dict]:
         result["lc_win_rate"] = 50.0  # by construction, as officially
     judged = {"judge": "annotations", "difficulty": args.difficulty}
     judged["content of --annotations"] = content(args.annotations)
+    for name in (BASELINE_FILE, *OFFICIAL_FILES):
+        judged[f"content of {name}"] = content(alpaca_file(args, name))
     distributed.from_rank_0(lambda: check_results(Path(args.out), judged), "--out")
     return [result], scores, judged
 
@@ -694,11 +695,11 @@ def official_control(args, prompts: list[int]) -> Callable:
         print0(f"{n} of {ALPACA_N} instructions have a preference; difficulties by {how}")
     elif not by_position:
         print0("not used with all annotations: --difficulty")
-    path = alpaca_file(args, "instruction_difficulty.csv")
+    path = alpaca_file(args, OFFICIAL_FILES[0])
     with input_error_for(str(path)), path.open() as file:
         of_prompt = {int(r["index"]): r["instruction_difficulty"] for r in csv.DictReader(file)}
         difficulty = [float(of_prompt[i]) for i in (range(n) if by_position else prompts)]
-    path = alpaca_file(args, "df_gamed.csv")
+    path = alpaca_file(args, OFFICIAL_FILES[1])
     with input_error_for(str(path)), path.open() as file:
         rows = list(csv.DictReader(file))
         names = "std_delta_len", "instruction_difficulty", "preference", "index"
@@ -840,17 +841,21 @@ def compare(own: list[dict], other: list[dict] | None):
 
 def judged_by(args, inputs: SimpleNamespace) -> dict:
     """Returns what an evaluation judges and by whom, beside what the answers' own files tell."""
-    encoder, named = inputs.reward[0], {"reward_model": inputs.reward[1]}
-    named |= {"baseline": inputs.baseline and inputs.baseline.config, "score_discriminators": None}
+    encoder, config = inputs.reward
     files = dict(zip(args.temperatures, args.outputs or (), strict=False))
+    baseline = inputs.outputs and short_hash(repr(inputs.outputs))
+    if inputs.baseline:
+        baseline = fingerprint(args.baseline, inputs.baseline.config)
     return {
         "judge": args.judge,
         "strip_thinking": args.strip_thinking,
         "dtype": args.dtype,
         "day": encoder and encoder.day,
         "prompts": short_hash(repr([p.record for p in inputs.prompts])),
-        **{f"content of --{key}": content(getattr(args, key), named[key]) for key in named},
-        **{f"T {t:g}": content(files.get(t, "answers of --model")) for t in args.temperatures},
+        "content of --baseline": baseline,
+        "content of --reward_model": config and fingerprint(args.reward_model, config),
+        "content of --score_discriminators": content(args.score_discriminators),
+        **{f"T {t:g}": content(files.get(t)) or "answers of --model" for t in args.temperatures},
     }
 
 
@@ -1080,9 +1085,17 @@ def unused_flags(args, argv: list[str]) -> dict[str, list[str]]:
 def world_of(model: str) -> int:
     """Returns the seed of the world that a run's hf/ was trained in, and 0 for any other model.
 
-    Another world's prompts may be among those that the model was trained on.
+    Another world's prompts may be among those that the model was trained on. Raises InputError if
+    the run's config.json is damaged.
     """
-    run = read_config(Path(model).parent) or {"seed": 0}
+    folder = Path(model).parent
+    run = read_config(folder)
+    if run is None and Path(model).name == "hf" and (folder / "config.json").exists():
+        raise InputError(
+            f"{folder / 'config.json'} is damaged or not that of a run: pass --seed, which says in"
+            " what world of the miniature the model is examined"
+        )
+    run = run or {"seed": 0}
     used = {Path(run[k]).parent for k in ("model", "ref_model", "dataset") if k in run}
     return run["seed"] if world_folder(run["seed"]) in used else 0
 

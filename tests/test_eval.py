@@ -698,6 +698,12 @@ def test_a_run_is_examined_in_its_own_world_unless_a_seed_is_given(tmp_path):
     assert seed("--prompts=mine.jsonl", **own) == 0
     assert seed(model="out/mini/seed0/model", dataset="pairs.jsonl") == 0
     assert eval_alpaca.parse_args(["--model=some/model"]).seed == 0
+    (tmp_path / "config.json").write_text('{"seed": 7')
+    with pytest.raises(
+        InputError, match="config.json is damaged or not that of a run: pass --seed"
+    ):
+        eval_alpaca.parse_args([f"--model={tmp_path / 'hf'}"])
+    assert eval_alpaca.parse_args([f"--model={tmp_path / 'hf'}", "--seed=3"]).seed == 3
 
 
 def test_the_sidecar_says_how_the_answers_were_made(exam, tmp_path):
@@ -870,6 +876,12 @@ def test_results_of_other_answers_or_of_another_judge_are_not_written_over(
     assert judged("--baseline=p.json") == versus != out
     refused(f"{versus}/{REFUSED}content of --baseline was ", "--baseline=x/p.json")
     refused(f"{REFUSED}content of --baseline was ", f"--out={versus}")
+    refused(
+        f"{REFUSED}content of --baseline was ",
+        f"--out={versus}",
+        f"--baseline={exam}/model",
+        "--max_new_tokens=9",
+    )
     meta = Path(out, "results.meta.json")
     for damage in ("{", "[1]"):
         meta.write_text(damage)
@@ -884,6 +896,11 @@ def test_other_annotations_or_difficulties_are_not_written_over_in_one_folder(al
     assert annotate(file, tmp_path / "out", alpaca) == first
     with pytest.raises(SystemExit, match=f"{REFUSED}difficulty was position, is now instruction; "):
         annotate(file, tmp_path / "out", alpaca, "--difficulty=instruction")
+    other = shutil.copytree(alpaca, tmp_path / "alpaca")
+    with (other / "df_gamed.csv").open("a") as gamed:
+        gamed.write("0.5,0,0,0,False,concise\n")
+    with pytest.raises(SystemExit, match=f"{REFUSED}content of df_gamed.csv was .*; pass another"):
+        annotate(file, tmp_path / "out", other)
     write_lines(tmp_path / "x.jsonl", rows[1:])
     with pytest.raises(SystemExit, match=f"{REFUSED}content of --annotations was .*; pass another"):
         annotate(file, tmp_path / "out", alpaca)
