@@ -855,7 +855,7 @@ def judged_by(args, inputs: SimpleNamespace) -> dict:
         "content of --baseline": baseline,
         "content of --reward_model": config and fingerprint(args.reward_model, config),
         "content of --score_discriminators": content(args.score_discriminators),
-        **{f"T {t:g}": content(files.get(t)) or "answers of --model" for t in args.temperatures},
+        **{f"answers at T {t:g}": content(files.get(t)) or "--model's" for t in args.temperatures},
     }
 
 

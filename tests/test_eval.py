@@ -863,15 +863,15 @@ def test_results_of_other_answers_or_of_another_judge_are_not_written_over(
     whole = Path(out, "results.json").read_bytes()
     refused(f"{out}/{REFUSED}content of --reward_model was ", "--judge=rm", "--reward_model=b/rm")
     refused(f"{REFUSED}prompts was ", *by, prompts="x/prompts.jsonl")
-    refused(f"{REFUSED}T 0 was ", *by, f"--out={out}", file="x/o.json")
-    refused(f"{REFUSED}T 0 was ", *by, at=("0.5",))
+    refused(f"{REFUSED}answers at T 0 was ", *by, f"--out={out}", file="x/o.json")
+    refused(f"{REFUSED}answers at T 0 was ", *by, at=("0.5",))
     refused(f"{REFUSED}strip_thinking was False, is now True", *by, "--strip_thinking")
     refused(f"{REFUSED}judge was rm, is now mini", by[1], f"--out={out}")
     assert Path(out, "results.json").read_bytes() == whole
     assert judged("--judge=rm", "--reward_model=moved/rm") == out  # the same model
     judged(*by, at=("0", "0.7"))
     assert [row["temperature"] for row in json_of(f"{out}/results.json")] == [0, 0.7]
-    refused(f"{REFUSED}T 0.7 was ", *by)
+    refused(f"{REFUSED}answers at T 0.7 was ", *by)
     versus = judged("--baseline=p.json")
     assert judged("--baseline=p.json") == versus != out
     refused(f"{versus}/{REFUSED}content of --baseline was ", "--baseline=x/p.json")
@@ -882,6 +882,9 @@ def test_results_of_other_answers_or_of_another_judge_are_not_written_over(
         f"--baseline={exam}/model",
         "--max_new_tokens=9",
     )
+    more = "--out=model", "--max_new_tokens=9"
+    judged(*more, f"--baseline={exam}/model")
+    refused(f"{REFUSED}content of --baseline was ", *more)
     meta = Path(out, "results.meta.json")
     for damage in ("{", "[1]"):
         meta.write_text(damage)
