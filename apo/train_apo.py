@@ -290,6 +290,10 @@ class Game:
         distributed.from_rank_0(lambda: out.mkdir(parents=True, exist_ok=True), "--out_dir")
         writer = self.writer(model, samples, **decoding)
         answers = writer.answers(prompts, temperature, out, "model")
+        ended = [answer.ended for of_prompt in answers for answer in of_prompt]
+        if cut := ended.count(False):
+            limit = f"--max_new_tokens {self.args.max_new_tokens}"
+            print0(f"{cut} of {len(ended)} answers were cut at {limit} and are not used")
         return [[answer.text for answer in of_prompt if answer.ended] for of_prompt in answers]
 
     def game_pairs(self, samples: list[list[str]]) -> list[Triplet]:
@@ -441,6 +445,7 @@ class Game:
                 f" have usable answers that ended within --max_new_tokens {args.max_new_tokens}"
                 f" ({folder})"
             )
+        print0(f"{len(rows)} of the LLM's {len(rewards)} prompts have usable answers")
         text, path = json_lines(rows), folder / "pairs.jsonl"
         if path.exists() and path.read_bytes() != text.encode():
             print0(f"{path} does not hold what follows from rewards.json, and is written anew")

@@ -359,6 +359,10 @@ def test_what_a_reward_model_of_the_game_does_not_read_is_counted(played):
     of_llm = sum(r["prompt"] >= 22 for r in marked)
     log = (played / "log").read_text()
     assert 0 < of_llm < len(marked)
+    cut = sum(not row["ended"] for row in rows)
+    assert f"{cut} of 88 answers were cut at --max_new_tokens 32 and are not used\n" in log
+    pairs = len((played / "pairs.jsonl").read_text().splitlines())
+    assert cut and f"{pairs} of the LLM's 22 prompts have usable answers\n" in log
     assert f"what scores them did not read: {of_llm}\n" in log
     assert f"; noted: special tokens left out of a sample {len(marked) - of_llm}\n" in log
 

@@ -606,6 +606,22 @@ def test_an_evaluation_keeps_the_date_of_its_first_day(exam, tmp_path, capsys, m
         on(25, tmp_path / "d", "0")
 
 
+def test_scores_keep_the_date_of_the_reward_model_s_first_day(exam, tmp_path, capsys, monkeypatch):
+    judge = make_reward_model(tmp_path / "rm", exam / "model")
+    Path(judge, "chat_template.jinja").write_text(DATED)
+    (tmp_path / "o.json").write_text(json.dumps(outputs()(exam)))
+    argv = [f"--outputs={tmp_path / 'o.json'}", f"--prompts={exam / 'prompts.jsonl'}"]
+    argv += [f"--reward_model={judge}", "--temperatures=0"]
+    for day in (24, 25):
+        today = type(
+            "date", (date,), {"today": classmethod(lambda cls, day=day: cls(2026, 11, day))}
+        )
+        monkeypatch.setattr(eval_alpaca, "date", today)
+        eval_alpaca.main(argv)
+        said = "--reward_model: the chat template writes the date, here always 2026-11-24\n"
+        assert said in capsys.readouterr().out
+
+
 SAID = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
 NEXT = [*SAID, {"role": "user", "content": "Go."}]
 SYSTEM = {"role": "system", "content": "Rhyme."}
@@ -1833,7 +1849,8 @@ def damaged(path, old, new):
 @pytest.mark.parametrize("file, old, new, message", [
     ("metrics.csv", "\n2,", "\n2,0.5\n3,", "metrics.csv is damaged: row 1 has more or fewer"),
     ("metrics.csv", "\n2,", "\n2,7,", "metrics.csv is damaged: row 1 has more or fewer values"),
-    ("metrics.csv", "\n2,", "\nx,", "metrics.csv is damaged: could not convert string to float"),
+    ("metrics.csv", "\n2,", "\nx,", "metrics.csv is damaged: invalid literal for int"),
+    ("metrics.csv", "\n2,", "\n2,x", "metrics.csv is damaged: could not convert string to float"),
     ("metrics.csv", "step", "stop", "metrics.csv is damaged: there is no 'step'"),
     ("config.json", "{", "[", "b: metrics.csv has no row, or config.json is not a run's"),
     ("eval-mini-mini/results.json", '"n"', '"m"', "results.json is damaged: there is no 'n'"),
@@ -1852,6 +1869,23 @@ def test_a_damaged_file_of_one_run_is_named_before_a_figure_is_written(
         plots.main([*runs, f"--out={tmp_path / 'figures'}"])
     assert str(end.value).startswith("tools.plots: ") and "\n" not in str(end.value)
     assert message in str(end.value) and not (tmp_path / "figures").exists()
+
+
+def test_a_table_that_a_resumed_run_cannot_go_on_with_is_named(tmp_path):
+    path = tmp_path / "metrics.csv"
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for text, message in (
+            ("step,loss\n1,0.5,7\n2,1\n", "is damaged: row 0 has more or fewer values"),
+            ("step,loss\n1\n2,1\n", "is damaged: row 0 has more or fewer values"),
+            ("step,less\n1,0.5\n", "is not of this run: .*less"),
+        ):
+            path.write_text(text)
+            with pytest.raises(InputError, match=f"metrics.csv {message}"):
+                report.Table(path, ["step", "loss"], 2)
+            assert path.read_text() == text
+    finally:
+        dist.destroy_process_group()
 
 
 def test_scores_that_the_judge_did_not_give_are_no_points(tmp_path):
