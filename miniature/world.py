@@ -489,6 +489,8 @@ def build(
         built_with = json.loads((folder / "world.json").read_text())
     if built_with != settings:
         raise InputError(f"{folder} was built with other settings: {remove}")
+    with input_error_for(f"{folder} is damaged ({remove})"):
+        read_tasks(folder / "prompts.jsonl")  # which are used only at the end of a run
     return folder
 
 
@@ -591,12 +593,13 @@ def examine(model: str, tasks: list[Task], temperature: float, seed: int) -> lis
 def show(folder: Path):
     """Prints a pair of each of ten families."""
     rows = read_rows(str(folder / "train.jsonl"), "train")
-    first = {row["family"]: row for row in reversed(rows)}
-    for row in [first[family] for family in FAMILIES if family in first][:10]:
-        print(row["prompt"])
-        for side in ("chosen", "rejected"):
-            scores = f"gold {row[f'gold_{side}']:.2f}, annotator {row[f'score_{side}']:.2f}"
-            print(f"    {side:<9}{row[side]!r:<44} {scores}")
+    with input_error_for(f"{folder / 'train.jsonl'} is damaged"):
+        first = {row["family"]: row for row in reversed(rows)}
+        for row in [first[family] for family in FAMILIES if family in first][:10]:
+            print(row["prompt"])
+            for side in ("chosen", "rejected"):
+                scores = f"gold {row[f'gold_{side}']:.2f}, annotator {row[f'score_{side}']:.2f}"
+                print(f"    {side:<9}{row[side]!r:<44} {scores}")
 
 
 def parse_args(argv: list[str]):

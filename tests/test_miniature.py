@@ -284,7 +284,7 @@ def test_two_builders_build_once_and_other_settings_are_refused(tmp_path, monkey
         builds.append(folder)
         time.sleep(0.3)
         for name in world.FILES:
-            (folder / name).write_text(json.dumps(settings))
+            (folder / name).write_text(json.dumps(settings) * (name == "world.json"))
 
     monkeypatch.setattr(world, "write_world", write)
     with ThreadPoolExecutor(2) as pool:
@@ -313,6 +313,19 @@ def test_a_world_that_lacks_a_file_is_named_by_every_program(name, mini):
     (folder / "world.json").write_text(text[:-9])
     with pytest.raises(SystemExit, match="world.json is damaged: remove out/mini/seed0, and it is"):
         world.main([])
+
+
+def test_damaged_rows_of_a_world_are_named_before_a_run(mini):
+    folder = mini / "out" / "mini" / "seed0"
+    prompts = lines_of(folder / "prompts.jsonl")
+    write_lines(folder / "prompts.jsonl", [*prompts, {"prompt": "Go."}])
+    said = "out/mini/seed0 is damaged .remove .* built anew.: out/mini/seed0/prompts.jsonl: row "
+    with pytest.raises(SystemExit, match=f"^train_ganpo.py: {said}{len(prompts)} is no prompt"):
+        train_ganpo.main([])
+    write_lines(folder / "prompts.jsonl", prompts)
+    write_lines(folder / "train.jsonl", [{"prompt": "Go."}])
+    with pytest.raises(SystemExit, match="train.jsonl is damaged: there is no 'family'"):
+        world.main(["show"])
 
 
 @pytest.mark.parametrize(
