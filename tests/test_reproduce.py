@@ -63,6 +63,16 @@ def test_a_damaged_record_of_a_cell_is_named(tmp_path, monkeypatch):
             reproduce.finished(10, "mild/dpo")
 
 
+@pytest.mark.parametrize("name", ["reference/eval-mini/results.json", "apo/run/rounds.csv"])
+def test_damaged_results_of_a_cell_are_named(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = reproduce.ROOT / "seed10" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("{\n1\n")
+    with pytest.raises(InputError, match=f"seed10/{name.split('/')[0]} is damaged .remove it, and"):
+        Grid([10], [], apo="apo" in name)
+
+
 def test_a_cell_that_fails_is_named_and_cells_that_wait_are_cancelled(
     tmp_path, monkeypatch, capsys
 ):
