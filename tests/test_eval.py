@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -974,12 +975,13 @@ def test_what_the_reward_model_s_template_changes_is_said(exam, tmp_path, capsys
     [
         ("bert", {}), ("roberta", {}), ("distilbert", dict(dim=32, n_heads=4, hidden_dim=48)),
         ("gemma3_text", dict(head_dim=8, use_bidirectional_attention=True)),
+        ("m2m_100", dict(d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32)),
     ],
 )  # fmt: skip
 def test_an_encoder_is_not_taken_for_a_model_that_writes(family, changes, exam, tmp_path):
     config = AutoConfig.for_model(family, **SIZE | changes)
-    auto = AutoModelForCausalLM if family == "gemma3_text" else AutoModelForMaskedLM
-    auto.from_config(config).save_pretrained(tmp_path / "m")
+    auto = {"gemma3_text": AutoModelForCausalLM, "m2m_100": AutoModel}
+    auto.get(family, AutoModelForMaskedLM).from_config(config).save_pretrained(tmp_path / "m")
     tiny().save_pretrained(tmp_path / "m")
     said = (
         f"{tmp_path / 'm'}: a model of type '{family}' writes no text, .* gemma2, .*, smollm3 and"
