@@ -521,8 +521,9 @@ def play_all(args, argv: list[str], device: torch.device, stack: ExitStack, prog
 def is_row(row: dict, variant: str, k: int) -> bool:
     """Returns whether a value is round k's row of rounds.csv."""
     numbers = [v for key, v in row.items() if key != "variant" and v is not None]
-    whose = row["variant"], row["round"], {*row} <= {*COLUMNS}
-    return whose == (variant, k, True) and are_numbers(numbers, len(numbers))
+    whole = {"rm_acc", "rm_ece", "reward", "pairs"} <= {*row} <= {*COLUMNS}
+    whose = row["variant"], row["round"]
+    return whole and whose == (variant, k) and are_numbers(numbers, len(numbers))
 
 
 def printing_to(path: Path, function: Callable):

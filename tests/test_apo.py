@@ -322,9 +322,13 @@ def played(game, handed, monkeypatch):
     return Path("played/apo/round1")
 
 
+ROW = b'{"variant": "%s", "round": 1, "rm_acc": 1, "rm_ece": 1, "reward": 1, "pairs": 1}'
+
+
 @pytest.mark.parametrize("name, damage", [
     ("round.json", b'{"variant": "ap'), ("round.json", b"[1]"),
-    ("round.json", b'{"variant": "gail", "round": 1}'), ("rewards.json", b"[[1.0], [2.0]]"),
+    ("round.json", b'{"variant": "apo", "round": 1}'), ("round.json", ROW % b"gail"),
+    ("rewards.json", b"[[1.0], [2.0]]"),
     ("reward/margins.json", b"{}"), ("reward/margins.json", b"[0.5, null]"),
     ("answers/model-T1.jsonl", b'{"prompt": 3}\n'), ("answers/model-T1.meta.json", b"{"),
 ])  # fmt: skip
