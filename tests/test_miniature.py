@@ -321,7 +321,7 @@ def test_damaged_rows_of_a_world_are_named_before_a_run(mini):
     write_lines(folder / "prompts.jsonl", [*prompts, {"prompt": "Go."}])
     said = "out/mini/seed0 is damaged .remove .* built anew.: out/mini/seed0/prompts.jsonl: row "
     with pytest.raises(SystemExit, match=f"^train_ganpo.py: {said}{len(prompts)} is no prompt"):
-        train_ganpo.main([])
+        train_ganpo.main(["--max_steps=1"])
     write_lines(folder / "prompts.jsonl", prompts)
     write_lines(folder / "train.jsonl", [{"prompt": "Go."}])
     with pytest.raises(SystemExit, match="train.jsonl is damaged: there is no 'family'"):
