@@ -16,6 +16,7 @@ Files in --out, where NAME is model or baseline and T0.7 the temperature:
     NAME-T0.7.meta.json  how they were made
     scores.jsonl         a row for each answer
     results.json         a row for each temperature
+    results.meta.json    what was judged and by whom; other results are not written over these
 
 Rates are in percent, errors are standard errors over prompts. A value that the judge does not give
 is null.
@@ -46,7 +47,14 @@ from huggingface_hub import hf_hub_download
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import distributed
-from checkpoint import check_writable, load_discriminators, locked, sha256, write_synced
+from checkpoint import (
+    check_writable,
+    load_discriminators,
+    locked,
+    sha256,
+    weights_fingerprint,
+    write_synced,
+)
 from data import (
     ChatEncoder,
     InputError,
@@ -55,7 +63,7 @@ from data import (
     hub_check,
     input_error_for,
     json_lines,
-    leaves_out,
+    names,
     prompt_column,
     read_rows,
     split_thinking,
@@ -82,18 +90,19 @@ from generate import (
     generate,
     prompts_to_ids,
     quiet,
+    read_writer_config,
     refuse_half_characters,
+    template_notes,
 )
 from policy import (
     check_token_ids,
     load_weights,
     positions_of,
-    read_any_config,
     read_tokenizer,
     unused_settings,
 )
 from report import read_config
-from reward_model import RewardModel, hidden_states, read_reward_model
+from reward_model import RewardModel, hidden_states, read_reward_model, unread_of
 from settings import build_miniature, is_miniature
 from winrate import NOTICED, length_controlled, summary, table
 
@@ -104,12 +113,14 @@ OF_WRITING = "chat_template max_new_tokens batch_size top_k top_p".split()  # by
 OF_ANNOTATIONS = {"judge", "alpaca_data", "timeout", "out"} | ONLY_ANNOTATIONS  # those it uses
 ALPACA, ALPACA_N = "tatsu-lab/alpaca_eval", 805  # AlpacaEval's data set, and its instructions
 BASELINE_FILE = "alpaca_eval_gpt4_baseline.json"
+OFFICIAL_FILES = "instruction_difficulty.csv", "df_gamed.csv"  # for the length-controlled rate
 BASELINE_COLUMNS = ("output", "generator", "dataset", "datasplit")
 READ_BY = {  # what judges read of a row of --prompts beside the prompt
     "mini": ("family", "solution", "args"),
     "ifeval": ("key", "instruction_id_list", "kwargs"),
 }
 ANY_ANSWERS = {"chosen": "a", "rejected": "b"}  # they make a prompt a row of preference data
+OF_TEXT = "cut_text left_out spelled".split()  # what reward model and critics did not read
 LEAST_ROOM = 32  # tokens of a prompt beside --max_new_tokens
 
 
@@ -151,8 +162,10 @@ def alpaca_file(args, name: str) -> Path:
 
 def check_outputs(
     source: str | Path, rows, instructions: list[str] | None = None, empty_ok: bool = False
-):
-    """Raises InputError unless rows are a whole outputs file.
+) -> list[str]:
+    """Returns a line about the columns that are not read, if there are any, in a list.
+
+    Raises InputError unless rows are a whole outputs file.
 
     Every row needs instruction, output (not empty, unless empty_ok) and generator, and no
     instruction may occur twice. With `instructions` the rows have to be those of these instructions
@@ -172,8 +185,11 @@ def check_outputs(
             first = seen[row["instruction"]]
             raise InputError(f"{source}: row {i} has the instruction of row {first}")
         seen[row["instruction"]] = i
+    columns = dict.fromkeys(key for row in rows for key, value in row.items() if filled(value))
+    more = names(key for key in columns if key not in ("instruction", *BASELINE_COLUMNS))
+    unread = [f"{source}: columns not read: {more}"] * bool(more)
     if instructions is None:
-        return
+        return unread
     if len(rows) != len(instructions):
         raise InputError(f"{source}: {len(rows)} rows, {len(instructions)} needed")
     for i, (row, instruction) in enumerate(zip(rows, instructions, strict=True)):
@@ -181,6 +197,7 @@ def check_outputs(
             known = row["instruction"] in set(instructions)
             what = "out of order" if known else "not for one of the prompts"
             raise InputError(f"{source}: row {i} is {what}: {row['instruction'][:60]!r}")
+    return unread
 
 
 def read_alpaca_baseline(args) -> list[dict]:
@@ -258,19 +275,17 @@ class Writer:
 
     def __init__(self, name: str, flag: str, args, device: torch.device, day: str | None = None):
         self.name, self.flag, self.args, self.device, self._lm = name, flag, args, device, None
-        self.config = read_any_config(name, flag)
+        self.config = read_writer_config(name, flag)
         self.room = positions_of(self.config) - args.max_new_tokens  # tokens of a prompt
         tokenizer = read_tokenizer(name, args.chat_template, flag)
         with input_error_for(f"{flag} {name}"):
             self.encoder = ChatEncoder(tokenizer, day)
 
     def read(self, chats: list[list[dict]]):
-        """Reads all prompts, and keeps what is to be said of them.
+        """Reads all prompts. Sets cut, the numbers of those that are longer than there is room for,
+        and notes, lines about what this model does not use or changes.
 
-        Sets cut, the numbers of those that are longer than there is room for; spelled, how many
-        spell out special tokens; folded, how many have a system turn that goes into the user's; and
-        left_out, how many the chat template does not show whole. Raises InputError if one cannot be
-        used or if there is no room.
+        Raises InputError if a prompt cannot be used or if there is no room.
         """
         if self.room < LEAST_ROOM:
             positions, whose = positions_of(self.config), self.flag.strip("-")
@@ -282,11 +297,11 @@ class Writer:
             ids = prompts_to_ids(self.encoder, chats)
             check_token_ids(ids, self.config)
         self.cut = {i for i, prompt in enumerate(ids) if len(prompt) > self.room}
-        found = (map(self.encoder.special_text.search, (m["content"] for m in c)) for c in chats)
-        self.spelled = sum(map(any, found))
-        encoder = self.encoder
-        self.folded = sum(encoder.folds_system and c[0]["role"] == "system" for c in chats)
-        self.left_out = sum(leaves_out(encoder.render(encoder.fold(c), True), c) for c in chats)
+        longer = f"{len(self.cut)} of {len(chats)} prompts are longer than {self.room} tokens"
+        self.notes = [f"{longer}; the middle of these is left out"] * bool(self.cut)
+        self.notes += template_notes(self.encoder, chats)
+        if unused := unused_settings(self.name):
+            self.notes.append(f"settings of generation_config.json not used: {unused}")
 
     @property
     def lm(self) -> PreTrainedModel:
@@ -437,7 +452,7 @@ def answers_file(out: Path, name: str, temperature: float) -> Path:
 
 def read_meta(path: Path) -> dict:
     """Returns how the answers beside a file NAME-T*.meta.json were made."""
-    with input_error_for(f"{path}: how its answers were made cannot be read"):
+    with input_error_for(f"{path}: how it was made cannot be read (pass another --out)"):
         return dict(json.loads(path.read_text()))
 
 
@@ -458,7 +473,7 @@ def check_same_settings(path: Path, settings: dict):
     for key, new in settings.items():
         if key in ("versions", "model") or old.get(key) == new:
             continue
-        was, now = (str(value) for value in (old.get(key), new))
+        was, now = ("not given" if v is None else str(v) for v in (old.get(key), new))
         if key == "fingerprint":  # a moved folder is the same model
             was, now = f"{old.get('model')} ({was})", f"{settings['model']} ({now})"
         long = len(was + now) > 200
@@ -466,6 +481,22 @@ def check_same_settings(path: Path, settings: dict):
     if changed:
         changed = "; ".join(changed)
         raise InputError(f"{path} was made with other settings: {changed}; pass another --out")
+
+
+def check_results(out: Path, settings: dict):
+    """Raises InputError if a folder's results.json has results that would not be given again.
+
+    settings say what is judged and by whom; results.meta.json holds them. They may add to those of
+    the results: what was not given may be given now.
+    """
+    if (path := out / "results.json").exists():
+        old = read_meta(path.with_suffix(".meta.json"))
+        check_same_settings(path, {k: settings.get(k) for k, v in old.items() if v is not None})
+
+
+def content(file: str | Path | None) -> str | None:
+    """Returns a hash of a file, None of None."""
+    return file and sha256(Path(file))[:16]
 
 
 def append(path: Path, rows: list[dict]):
@@ -480,9 +511,13 @@ def fingerprint(name: str, config: PretrainedConfig | None) -> str:
     """Returns a hash of a folder's weights, config and tokenizer, or the commit of a Hub id."""
     if not Path(name).is_dir():
         return config._commit_hash
-    kinds = (".safetensors", ".bin", ".json", ".jinja", ".model")
-    files = sorted(f for f in Path(name).iterdir() if f.suffix in kinds)
-    text = json.dumps([[f.name, sha256(f)] for f in files])
+    files = sorted(f for f in Path(name).iterdir() if f.suffix in (".json", ".jinja", ".model"))
+    return short_hash(
+        json.dumps([weights_fingerprint(name), *([f.name, sha256(f)] for f in files)])
+    )
+
+
+def short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -499,15 +534,12 @@ def judge_mini(prompts: list[Prompt], texts: list[str]) -> list[dict]:
     return [{"score": v.gold, "strict": v.strict} for v in verdicts]
 
 
-def task_of(prompt: Prompt):
-    """Returns the miniature.world.Task of a prompt; raises InputError if it is none."""
+def task_of(prompt: Prompt, where: str = "--judge mini"):
+    """Returns the miniature.world.Task of a prompt; raises InputError, which begins with `where`,
+    if it is none."""
     from miniature import world  # imported only where it is used
 
-    known = {k: v for k, v in prompt.record.items() if k in world.Task._fields}
-    try:
-        return world.Task(**known)
-    except TypeError:
-        raise InputError("--judge mini: the prompts are not the miniature's") from None
+    return world.task_of(prompt.record, where)
 
 
 def judge_of_ifeval(prompts: list[Prompt]) -> Callable:
@@ -545,7 +577,7 @@ def judge_of_ifeval(prompts: list[Prompt]) -> Callable:
 class Critics:
     """Scores answers by both discriminators of a run, on the latents of the model that wrote them.
 
-    Called as a judge; each row has critic_pos, critic_neg and cut_text. Raises InputError if the
+    Called as a judge; each row has critic_pos, critic_neg and OF_TEXT. Raises InputError if the
     file is not one of discriminators or does not fit the model.
     """
 
@@ -572,23 +604,23 @@ class Critics:
     def __call__(self, prompts: list[Prompt], texts: list[str], batch_size: int = 32) -> list[dict]:
         encoder, rows = self.writer.encoder, []
         limit = positions_of(self.writer.config)
-        ids = [
-            encoder.answer_ids(p.messages, encoder.plain(text))
-            for p, text in zip(prompts, texts, strict=True)
-        ]
+        pairs = [(p.messages, text) for p, text in zip(prompts, texts, strict=True)]
+        ids = [encoder.answer_ids(messages, encoder.plain(text)) for messages, text in pairs]
         for first in range(0, len(ids), batch_size):
             texts = [text[:limit] for text in ids[first : first + batch_size]]
             h, mask = hidden_states(self.writer.lm, texts)
             scores = [critic(h.float(), mask).tolist() for critic in self.critics.values()]
             rows += [{"critic_pos": p, "critic_neg": n} for p, n in zip(*scores, strict=True)]
-        return [row | {"cut_text": len(text) > limit} for row, text in zip(rows, ids, strict=True)]
+        unread = [unread_of(encoder, *pair, limit) for pair in pairs]
+        return [row | of_text for row, of_text in zip(rows, unread, strict=True)]
 
 
 # ---------------------------------------------------------------------- published annotations
 
 
-def annotated(args) -> tuple[list[dict], list[dict]]:
-    """Returns the rows of results.json and scores.jsonl for --judge annotations.
+def annotated(args) -> tuple[list[dict], list[dict], dict]:
+    """Returns the rows of results.json and scores.jsonl for --judge annotations, and what
+    results.meta.json holds.
 
     The numbers are AlpacaEval's own, from its published files. Raises InputError if one of these
     cannot be used.
@@ -639,7 +671,12 @@ def annotated(args) -> tuple[list[dict], list[dict]]:
     result = summary(scores, control, **names, judge="annotations")
     if names["model"] == names["baseline"]:
         result["lc_win_rate"] = 50.0  # by construction, as officially
-    return [result], scores
+    judged = {"judge": "annotations", "difficulty": args.difficulty}
+    judged["content of --annotations"] = content(args.annotations)
+    for name in (BASELINE_FILE, *OFFICIAL_FILES):
+        judged[f"content of {name}"] = content(alpaca_file(args, name))
+    distributed.from_rank_0(lambda: check_results(Path(args.out), judged), "--out")
+    return [result], scores, judged
 
 
 def one_of(rows: Iterable[dict], column: str, source: str) -> str:
@@ -666,11 +703,11 @@ def official_control(args, prompts: list[int]) -> Callable:
         print0(f"{n} of {ALPACA_N} instructions have a preference; difficulties by {how}")
     elif not by_position:
         print0("not used with all annotations: --difficulty")
-    path = alpaca_file(args, "instruction_difficulty.csv")
+    path = alpaca_file(args, OFFICIAL_FILES[0])
     with input_error_for(str(path)), path.open() as file:
         of_prompt = {int(r["index"]): r["instruction_difficulty"] for r in csv.DictReader(file)}
         difficulty = [float(of_prompt[i]) for i in (range(n) if by_position else prompts)]
-    path = alpaca_file(args, "df_gamed.csv")
+    path = alpaca_file(args, OFFICIAL_FILES[1])
     with input_error_for(str(path)), path.open() as file:
         rows = list(csv.DictReader(file))
         names = "std_delta_len", "instruction_difficulty", "preference", "index"
@@ -696,34 +733,39 @@ def check_input(args, device: torch.device) -> SimpleNamespace:
     judge     the judge, or None if --judge has no verdicts of its own here
     critics   Critics of --score_discriminators, or None
     unread    columns of --prompts that are not read
+    notes     lines about what models do not use or change
+    reward    what read_reward_model returns of --reward_model, or a pair of None
     """
     check_writable(Path(args.out), "--out")
     prompts, unread = read_prompts(args)
-    instructions, own = [p.instruction for p in prompts], {}
+    instructions, own, notes = [p.instruction for p in prompts], {}, []
     for temperature, file in zip(args.temperatures, args.outputs or (), strict=False):
-        own[temperature] = read_outputs(file, instructions)
+        *own[temperature], more = read_outputs(file, instructions)
+        notes += more
     writer = None if own else Writer(args.model, "--model", args, device, args.day)
     baseline = outputs = judge = critics = None
+    reward = None, None
     if args.baseline == "alpaca_eval" or args.baseline and Path(args.baseline).is_file():
         file = args.baseline
         if file == "alpaca_eval":
             file = str(alpaca_file(args, BASELINE_FILE))
         rows = read_rows(file, "train")
-        check_outputs(file, rows, instructions)
+        notes += check_outputs(file, rows, instructions)
         outputs = [[Answer(row["output"], None, None)] * args.samples for row in rows]
     elif args.baseline:
         baseline = Writer(args.baseline, "--baseline", args, device, args.day)
     chats = [p.messages for p in prompts]
     for who in filter(None, (writer, baseline)):
         who.read(chats)
+        notes += [f"{who.flag}: {line}" for line in who.notes]
     for name, who in (("model", writer), ("baseline", baseline)):
         for temperature in args.temperatures if who else ():
             path = answers_file(Path(args.out), name, temperature)
             check_same_settings(path, who.sampling(temperature))
     if args.judge == "mini":
         judge = judge_mini
-        for p in prompts:
-            task_of(p)
+        for i, p in enumerate(prompts):
+            task_of(p, f"--judge mini: {args.prompts}: row {i}")
     elif args.judge == "ifeval":
         try:
             judge = judge_of_ifeval(prompts)
@@ -733,30 +775,29 @@ def check_input(args, device: torch.device) -> SimpleNamespace:
                 f" where it is by: python -m tools.ifeval {args.out}/model-T*.json {args.prompts}"
             )
     if args.reward_model:
-        encoder, config = read_reward_model(args.reward_model, day=args.day)
-        whose = f"--reward_model {args.reward_model}"
-        if encoder.day:
-            print0(f"{whose}: the chat template writes the date, here always {encoder.day}")
-        with input_error_for(whose):
+        encoder, config = reward = read_reward_model(args.reward_model, day=args.day)
+        with input_error_for(f"--reward_model {args.reward_model}"):
             check_token_ids(prompts_to_ids(encoder, chats), config)
+        notes += [f"--reward_model: {line}" for line in template_notes(encoder, chats)]
     if args.score_discriminators:
         critics = Critics(args.score_discriminators, writer)
     return SimpleNamespace(
         prompts=prompts, writer=writer, own=own, baseline=baseline, outputs=outputs, judge=judge,
-        critics=critics, unread=unread,
+        critics=critics, unread=unread, notes=notes, reward=reward,
     )  # fmt: skip
 
 
-def read_outputs(file: str, instructions: list[str]) -> tuple[str, list[list[Answer]]]:
-    """Returns the generator of a file of --outputs, and its answers, one to each instruction.
+def read_outputs(file: str, instructions: list[str]) -> tuple[str, list[list[Answer]], list[str]]:
+    """Returns the generator of a file of --outputs, its answers, one to each instruction, and what
+    check_outputs returns.
 
     Raises InputError if the file cannot be read, or is not one model's answers to them all.
     """
     where, rows = f"--outputs {file}", read_rows(file, "train")
-    check_outputs(where, rows, instructions, empty_ok=True)
-    if len(names := {row["generator"]: None for row in rows}) > 1:
-        raise InputError(f"{where}: answers of several generators: {', '.join(names)}")
-    return next(iter(names)), [[Answer(row["output"], None, None)] for row in rows]
+    unread = check_outputs(where, rows, instructions, empty_ok=True)
+    if len(whose := {row["generator"]: None for row in rows}) > 1:
+        raise InputError(f"{where}: answers of several generators: {', '.join(whose)}")
+    return next(iter(whose)), [[Answer(row["output"], None, None)] for row in rows], unread
 
 
 def score_rows(
@@ -774,7 +815,7 @@ def score_rows(
         rows.append({"prompt": i, "sample": s, "length": len(text), "thinking": len(thinking)})
         rows[-1]["cut_answer"] = None if answer.ended is None else not answer.ended
         rows[-1]["cut_prompt"] = i in who.cut if who else None
-        rows[-1]["empty"] = not text.strip()
+        rows[-1] |= {"empty": not text.strip()} | dict.fromkeys(OF_TEXT)
         texts.append(text)
     prompts = [inputs.prompts[i] for i, _, _ in items]
     columns = [inputs.judge(prompts, texts)] if inputs.judge else []
@@ -782,14 +823,13 @@ def score_rows(
         asked = [p.messages for p in prompts], texts
         keys = ("score", "reward") if args.judge == "rm" else ("reward",)
         columns.append([dict.fromkeys(keys, value) for value in reward.score(*asked)])
-        columns.append([{"cut_text": cut} for cut in reward.too_long(*asked)])
+        columns.append(reward.unread(*asked))
     if inputs.critics and who is inputs.writer:
         columns.append(inputs.critics(prompts, texts))
     for more in columns:
         for row, values in zip(rows, more, strict=True):
-            cut = row.get("cut_text")
-            row |= values
-            row["cut_text"] = cut or row.get("cut_text")  # by one of the two that may cut
+            # of texts: by one of the two that read them
+            row |= values | {k: row[k] or values[k] for k in OF_TEXT if k in values}
     return rows
 
 
@@ -807,11 +847,35 @@ def compare(own: list[dict], other: list[dict] | None):
             row["win"] = float(np.heaviside(row["score"] - other[i]["score"], 0.5))
 
 
-def evaluate(args, device: torch.device, stack: ExitStack) -> tuple[list[dict], list[dict]]:
-    """Returns the rows of results.json and of scores.jsonl; writes the answers to --out, which it
-    locks until the stack ends."""
+def judged_by(args, inputs: SimpleNamespace) -> dict:
+    """Returns what an evaluation judges and by whom, beside what the answers' own files tell."""
+    encoder, config = inputs.reward
+    files = dict(zip(args.temperatures, args.outputs or (), strict=False))
+    baseline = inputs.outputs and short_hash(repr(inputs.outputs))
+    if inputs.baseline:
+        baseline = fingerprint(args.baseline, inputs.baseline.config)
+    return {
+        "judge": args.judge,
+        "strip_thinking": args.strip_thinking,
+        "dtype": args.dtype,
+        "day": encoder and encoder.day,
+        "prompts": short_hash(repr([p.record for p in inputs.prompts])),
+        "content of --baseline": baseline,
+        "content of --reward_model": config and fingerprint(args.reward_model, config),
+        "content of --score_discriminators": content(args.score_discriminators),
+        **{f"answers at T {t:g}": content(files.get(t)) or "--model's" for t in args.temperatures},
+    }
+
+
+def evaluate(args, device: torch.device, stack: ExitStack) -> tuple[list[dict], list[dict], dict]:
+    """Returns the rows of results.json and of scores.jsonl, and what results.meta.json holds;
+    writes the answers to --out, which it locks until the stack ends."""
     inputs = check_input(args, device)
     prompts, writer, out = inputs.prompts, inputs.writer, Path(args.out)
+    for line in inputs.notes:
+        print0(line)
+    judged = distributed.from_rank_0(lambda: judged_by(args, inputs), "--out")
+    distributed.from_rank_0(lambda: check_results(out, judged), "--out")
     reward = None
     if args.reward_model:
         reward = RewardModel(args.reward_model, device, DTYPES[args.dtype], args.day)
@@ -828,21 +892,6 @@ def evaluate(args, device: torch.device, stack: ExitStack) -> tuple[list[dict], 
         print0("--outputs: not known of these answers, and so null: cut_answer, cut_prompt")
     if inputs.unread:
         print0(f"--prompts {args.prompts}: columns not read: {', '.join(inputs.unread)}")
-    for who in filter(None, (writer, inputs.baseline)):
-        if who.cut:
-            longer = f"{len(who.cut)} of {len(prompts)} prompts are longer than {who.room} tokens"
-            print0(f"{who.flag}: {longer}; the middle of these is left out")
-        if who.spelled:
-            spell = f"{who.spelled} of {len(prompts)} prompts spell out special tokens"
-            print0(f"{who.flag}: {spell}, which the chat template makes real ones")
-        if who.folded:
-            print0(f"{who.flag}: {who.folded} system turns stand before the user's text")
-        if who.left_out:
-            print0(f"{who.flag}: the chat template leaves out text of {who.left_out} prompts")
-        if unused := unused_settings(who.name):
-            print0(f"{who.flag}: settings of generation_config.json not used: {unused}")
-        if who.encoder.day:
-            print0(f"{who.flag}: the chat template writes the date, here always {who.encoder.day}")
     for name, who in (("model", writer), ("baseline", inputs.baseline)):
         if who and who.unfinished(len(prompts), out, name):
             who.lm  # noqa: B018  read now, so that none writes if the other cannot be used
@@ -870,7 +919,7 @@ def evaluate(args, device: torch.device, stack: ExitStack) -> tuple[list[dict], 
             mine = settings.get("outputs") or f"{out}/model-T{temperature:g}.json"
             command = gpt4_command(reference, mine, f"{out}/gpt4-T{temperature:g}")
             print0(f"run this where there is an OpenAI key: {command}")
-    return results, scores
+    return results, scores, judged
 
 
 def gpt4_command(reference: str | Path | None, outputs: str, out: str) -> str:
@@ -884,8 +933,10 @@ def gpt4_command(reference: str | Path | None, outputs: str, out: str) -> str:
     )
 
 
-def write_results(out: Path, results: list[dict], scores: list[dict]):
+def write_results(out: Path, results: list[dict], scores: list[dict], judged: dict):
+    """Writes what evaluate or annotated returned."""
     out.mkdir(parents=True, exist_ok=True)
+    write_synced(out / "results.meta.json", json.dumps(judged, indent=1) + "\n")
     write_synced(out / "scores.jsonl", json_lines(scores))
     write_synced(out / "results.json", json.dumps(results, indent=1) + "\n")
 
@@ -991,14 +1042,14 @@ def check_outputs_flags(args, given: set[str]):
 
 def default_out(args) -> str:
     """Returns the folder for the answers of --model, another one for every model, --baseline and
-    judging reward model.
+    --reward_model.
 
     It lies beside the model's folder, or the first file of --outputs, or in out/ for a Hub id.
     """
     whose = args.outputs[0] if args.outputs else args.model
     folder, name = Path(whose), short_name(whose)
     what = f"{Path(args.prompts).stem}-{args.judge}"
-    if args.judge == "rm":
+    if args.reward_model:
         what += f"-by-{short_name(args.reward_model)}"
     if args.baseline:
         what += f"-vs-{short_name(args.baseline)}"
@@ -1042,9 +1093,17 @@ def unused_flags(args, argv: list[str]) -> dict[str, list[str]]:
 def world_of(model: str) -> int:
     """Returns the seed of the world that a run's hf/ was trained in, and 0 for any other model.
 
-    Another world's prompts may be among those that the model was trained on.
+    Another world's prompts may be among those that the model was trained on. Raises InputError if
+    the run's config.json is damaged.
     """
-    run = read_config(Path(model).parent) or {"seed": 0}
+    folder = Path(model).parent
+    run = read_config(folder)
+    if run is None and Path(model).name == "hf" and (folder / "config.json").exists():
+        raise InputError(
+            f"{folder / 'config.json'} is damaged or not that of a run: pass --seed, which says in"
+            " what world of the miniature the model is examined"
+        )
+    run = run or {"seed": 0}
     used = {Path(run[k]).parent for k in ("model", "ref_model", "dataset") if k in run}
     return run["seed"] if world_folder(run["seed"]) in used else 0
 
@@ -1060,14 +1119,14 @@ def main(argv: list[str] | None = None):
             for reason, unused in unused_flags(args, argv).items():
                 print0(f"not used with {reason}: {', '.join(unused)}")
             if args.judge == "annotations":
-                results, scores = annotated(args)
+                found = annotated(args)
             else:
                 args.day = distributed.from_rank_0(lambda: first_day(Path(args.out)), "--out")
                 build_miniature(args, partial(check_input, device=device))
-                results, scores = evaluate(args, device, stack)
+                found = evaluate(args, device, stack)
             out = Path(args.out)
-            distributed.from_rank_0(lambda: write_results(out, results, scores), "--out")
-            print0(f"{table(results)}\nwrote {out}")
+            distributed.from_rank_0(lambda: write_results(out, *found), "--out")
+            print0(f"{table(found[0])}\nwrote {out}")
     except (InputError, FloatingPointError, OSError) as error:
         refuse(program, error)
 

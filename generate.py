@@ -27,14 +27,19 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.utils import logging as transformers_logging
 
 import distributed
-from data import ChatEncoder, InputError, half_a_character, input_error_for, user_chat
+from data import ChatEncoder, InputError, half_a_character, input_error_for, leaves_out, user_chat
 from flags import Parser, at_least_0, command_line, count, given_flags, natural, refuse
 from policy import (
+    FAMILIES,
     check_token_ids,
     load_weights,
     positions_of,
@@ -322,6 +327,41 @@ def prompts_to_ids(encoder: ChatEncoder, conversations: list[list[dict]]) -> lis
     return found
 
 
+def template_notes(encoder: ChatEncoder, chats: list[list[dict]]) -> list[str]:
+    """Returns lines about what a chat template makes of prompts: how many spell out special tokens,
+    have a system turn that goes into the user's, or are not shown whole; and the date, if it writes
+    one."""
+    texts = [[turn["content"] for turn in chat] for chat in chats]
+    spelled = sum(any(map(encoder.special_text.search, of_chat)) for of_chat in texts)
+    folded = sum(encoder.folds_system and chat[0]["role"] == "system" for chat in chats)
+    lost = sum(leaves_out(encoder.render(encoder.fold(chat), True), chat) for chat in chats)
+    spell = f"{spelled} of {len(chats)} prompts spell out special tokens"
+    lines = {
+        f"{spell}, which the chat template makes real ones": spelled,
+        f"{folded} system turns stand before the user's text": folded,
+        f"the chat template leaves out text of {lost} prompts": lost,
+        f"the chat template writes the date, here always {encoder.day}": encoder.day,
+    }
+    return [line for line, holds in lines.items() if holds]
+
+
+def read_writer_config(name: str, flag: str = "--model") -> PretrainedConfig:
+    """Returns the config of a model that writes, a folder or Hub id, as policy.read_any_config.
+
+    Raises InputError also for other models, as encoders, whose tokens see those that follow them.
+    """
+    config = read_any_config(name, flag)
+    kind, text = config.model_type, config.get_text_config()
+    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(text, "is_decoder", False)
+    encoder = encoder or getattr(text, "use_bidirectional_attention", False)
+    if encoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise InputError(
+            f"{flag} {name}: a model of type {kind!r} writes no text, because it is no causal"
+            f" language model, as are {', '.join(FAMILIES)} and others of AutoModelForCausalLM"
+        )
+    return config
+
+
 def show_error(kind, error, traceback):
     """Shows an exception that nobody has caught, as sys.excepthook."""
     if kind is KeyboardInterrupt:
@@ -363,9 +403,10 @@ def main(argv: list[str] | None = None):
         args = parse_args(argv)
         if args.temperature == 0 and "seed" in given_flags(argv):
             print("not used with --temperature 0: --seed")
-        config, chats = read_any_config(args.model), [user_chat(p) for p in args.prompts]
+        config, chats = read_writer_config(args.model), [user_chat(p) for p in args.prompts]
         encoder = ChatEncoder(read_tokenizer(args.model, args.chat_template))
         check_token_ids(prompts_to_ids(encoder, chats), config, f"--model {args.model}")
+        print(*(f"--model: {line}\n" for line in template_notes(encoder, chats)), sep="", end="")
         if unused := unused_settings(args.model):
             print(f"settings of generation_config.json not used: {unused}")
         settings = {k: getattr(args, k) for k in ("temperature", "max_new_tokens", "seed")}

@@ -9,6 +9,7 @@ explains each column. Shapes as in train_ganpo.py.
 import cpu
 
 import csv
+import io
 import json
 import math
 import os
@@ -159,9 +160,7 @@ class Table:
         if dist.get_rank() == 0:
             rows = []
             if step and path.exists():
-                with input_error_for(f"{path} is damaged"), path.open() as old:
-                    whole = (row for row in csv.DictReader(old) if None not in row.values())
-                    rows = [row for row in whole if int(row["step"]) <= step]
+                rows = [row for row in whole_rows(path) if int(row["step"]) <= step]
             elif step:
                 print0(f"{path} is gone: it begins anew after step {step}")
             self.steps = {int(row["step"]) for row in rows}
@@ -169,7 +168,8 @@ class Table:
             self.file = unfinished.open("w", newline="")
             self.writer = csv.DictWriter(self.file, columns)
             self.writer.writeheader()
-            self.writer.writerows(rows)
+            with input_error_for(f"{path} is not of this run"):  # it has other columns
+                self.writer.writerows(rows)
             self.sync()
             unfinished.rename(path)  # at no moment are the old rows in no file
 
@@ -187,10 +187,28 @@ class Table:
             os.fsync(self.file.fileno())
 
 
+def whole_rows(path: Path) -> list[dict[str, str]]:
+    """Returns the rows of metrics.csv or eval.csv, as text.
+
+    A last row without its end is left out, because it may just be written. Raises InputError if the
+    file is no such table, or if a row has more or fewer values than there are columns.
+    """
+    with input_error_for(f"{path} is damaged"):
+        text = Path(path).read_text()
+        rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+        for i, row in enumerate(rows):
+            if None in row or None in row.values():
+                raise InputError(f"row {i} has more or fewer values than there are columns")
+            int(row["step"])
+    return rows
+
+
 def read_table(path: Path) -> list[dict[str, float]]:
-    """Returns the rows of metrics.csv, or of another table of numbers, without empty columns."""
-    with input_error_for(str(path)), Path(path).open() as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    """Returns the numbers of whole_rows(path) without empty columns; raises InputError likewise."""
+    rows = whole_rows(path)
+    with input_error_for(f"{path} is damaged"):
+        numbers = [{k: float(v) for k, v in row.items() if v} for row in rows]
+    return [row | {"step": int(row["step"])} for row in numbers]
 
 
 # ---------------------------------------------------------------------- the terminal

@@ -43,7 +43,15 @@ from checkpoint import (
     newest_state,
     save_state,
 )
-from data import ChatEncoder, InputError, Triplet, input_error_for, load_data
+from data import (
+    ChatEncoder,
+    InputError,
+    Triplet,
+    assistant_turn,
+    input_error_for,
+    leaves_out,
+    load_data,
+)
 from distributed import print0
 from flags import (
     DTYPES,
@@ -167,9 +175,11 @@ class RewardModel:
             for messages, answer in zip(conversations, answers, strict=True)
         ]
 
-    def too_long(self, conversations: list, answers: list[str]) -> list[bool]:
-        """Returns for each answer whether score() does not read its text to the end."""
-        return [len(text) > self.positions for text in self.texts(conversations, answers)]
+    def unread(self, conversations: list, answers: list[str]) -> list[dict]:
+        """Returns for each answer what score() does not read of its text, as unread_of says it."""
+        pairs = zip(conversations, answers, strict=True)
+        room = self.positions - len(self.encoder.tail)
+        return [unread_of(self.encoder, messages, answer, room) for messages, answer in pairs]
 
     @torch.inference_mode()
     def score(self, conversations: list, answers: list[str], batch_size: int = 32) -> list[float]:
@@ -194,6 +204,16 @@ class RewardModel:
                         prompt = conversations[i][-1]["content"][:60]
                         raise FloatingPointError(f"reward {logit} of the answer to {prompt!r}")
         return rewards
+
+
+def unread_of(encoder: ChatEncoder, messages: list[dict], answer: str, room: int) -> dict:
+    """Returns what a model that scores an answer does not read of prompt and answer: whether they
+    have more than `room` tokens (cut_text), whether the chat template leaves out a part (left_out),
+    and whether special tokens that the answer spells out were left out (spelled)."""
+    plain = encoder.plain(answer)
+    ids, text = encoder.answer_and_text(messages, plain)
+    lost = leaves_out(text, [*messages, assistant_turn(plain)])
+    return {"cut_text": len(ids) > room, "left_out": lost, "spelled": plain != answer}
 
 
 def hidden_states(model: PreTrainedModel, texts: list[list[int]]) -> tuple[Tensor, Tensor]:

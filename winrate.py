@@ -16,6 +16,8 @@ NOTICED = {  # what a score row says beside its scores; results.json has the num
     "cut_answer": "answers cut at --max_new_tokens",
     "cut_prompt": "answers to a prompt whose middle was left out",
     "cut_text": "texts longer than the positions of what scores them, which did not read their end",
+    "left_out": "texts of which the chat template of what scores them leaves out a part",
+    "spelled": "answers with special tokens as text, which what scores them did not read",
     "thinking": "answers that think aloud",
     "empty": "empty answers",
 }

@@ -58,6 +58,7 @@ from data import (
     load_pairs,
     read_rows,
     to_messages,
+    unread_columns,
 )
 from distributed import print0, share_out
 from eval_alpaca import Prompt, Writer, judge_mini
@@ -83,7 +84,7 @@ from policy import check_token_ids, read_model_config, read_tokenizer
 from reward_model import RewardModel
 from settings import build_miniature, is_miniature
 from settings import parse_args as parse_ganpo_args
-from winrate import mean_and_error
+from winrate import NOTICED, mean_and_error
 
 VARIANTS = {  # the pairs that each variant's reward model learns from
     "apo": ("human", "game"),
@@ -152,21 +153,24 @@ def best_and_worst(texts: list[str], rewards: list[float]) -> tuple[str, str]:
 # ---------------------------------------------------------------------- a round
 
 
-def read_golden(path: str) -> tuple[list[Prompt], list[str]]:
-    """Returns prompts and their golden answers, the first one where a prompt occurs twice.
+def read_golden(path: str) -> tuple[list[Prompt], list[str], list[str]]:
+    """Returns prompts, their golden answers, the first one where a prompt occurs twice, and lines
+    about what of the file is not read.
 
     A row has a prompt (or query, as APO's own converter calls it), which may be a text, one of
     hh-rlhf's turns, or a chat, and a golden answer (or solution, as the miniature's rows call it).
     Raises InputError for a row without them.
     """
-    golden = {}
+    golden, unread, others = {}, {}, 0
     for i, row in enumerate(read_rows(path, "train")):
         row = row if isinstance(row, dict) else {}
-        pair = {"prompt": row.get("query")} | row
-        pair["chosen"] = row.get("golden", row.get("solution"))
-        for key, names in (("prompt", "prompt or query"), ("chosen", "golden or solution")):
-            if not filled(pair[key]):
+        pair = {**row}
+        for key, names in (("prompt", ("prompt", "query")), ("chosen", ("golden", "solution"))):
+            pair[key] = next((row[name] for name in names if filled(row.get(name))), None)
+            if pair[key] is None:
+                names = " or ".join(names)
                 raise InputError(f"--golden {path}: row {i} has no {names}: {', '.join(row)}")
+        used = pair["prompt"], pair["chosen"]
         pair["rejected"] = f"{pair['chosen']}."  # any other answer makes it preference data
         try:
             chat, answer, _ = to_messages(pair)
@@ -175,17 +179,36 @@ def read_golden(path: str) -> tuple[list[Prompt], list[str]]:
         for text in (answer, *(turn["content"] for turn in chat)):
             refuse_half_characters(text, f"--golden {path}: row {i}")
         prompt = Prompt.of(chat, "golden", row)
-        golden.setdefault(prompt.instruction, (prompt, answer))
-    return [prompt for prompt, _ in golden.values()], [answer for _, answer in golden.values()]
+        others += golden.setdefault(prompt.instruction, (prompt, answer))[1] != answer
+        more = [name for name in ("chosen", "rejected") if filled(row.get(name))]
+        of_row = (k for k in [*unread_columns(pair), *more] if k not in row or row[k] not in used)
+        unread |= dict.fromkeys(of_row)
+    notes = {
+        f"columns not read: {', '.join(unread)}": unread,
+        f"{others} rows have another golden answer to an earlier prompt and are not read": others,
+    }
+    prompts, answers = ([both[i] for both in golden.values()] for i in range(2))
+    return prompts, answers, [note for note, holds in notes.items() if holds]
 
 
-def once(path: Path, compute: Callable):
-    """Returns compute()'s value, or what an earlier command has written of it to path."""
+def once(path: Path, compute: Callable, fits: Callable):
+    """Returns compute()'s value, or what an earlier command has written of it to path.
+
+    Raises InputError if the file is damaged: what it holds is no JSON, or fits(value) is not true.
+    """
     if not distributed.from_rank_0(path.exists, "--out_dir"):
         text = json.dumps(compute())
         distributed.from_rank_0(lambda: write_synced(path, text), "--out_dir")
     with input_error_for(f"{path} is damaged: remove it"):
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
+        if not fits(value):
+            raise InputError("it does not hold what this game has written there")
+        return value
+
+
+def are_numbers(values: list, n: int) -> bool:
+    """Returns whether values are a list of n numbers."""
+    return [type(value) in (int, float) for value in values] == [True] * n
 
 
 class Stopped(Exception):
@@ -212,10 +235,12 @@ class Game:
         if not held_out.triplets:
             raise InputError(f"--held_out {args.held_out}: {held_out.summary()}")
         self.human, self.held_out = human.triplets, held_out.triplets
-        self.about_human = human.summary()
+        self.about = {"human pairs": human.summary(), "held-out pairs": held_out.summary()}
         texts = (ids for t in self.human + self.held_out for ids in t[:3])
         check_token_ids(texts, self.config, f"--model {args.model}")
-        prompts, golden = read_golden(args.golden)
+        prompts, golden, notes = read_golden(args.golden)
+        for note in notes:
+            print0(f"--golden {args.golden}: {note}")
         n = min(args.prompts, len(golden) // 2)
         # the reward model's prompts, with golden answers, and then the LLM's [choice 27]
         self.prompts, self.golden = prompts[: 2 * n], golden[:n]
@@ -228,6 +253,10 @@ class Game:
         with input_error_for("--exam"):
             tasks = read_tasks(args.exam) if args.exam else []
         self.exam = [Prompt(task.prompt, "exam", task._asdict()) for task in tasks]
+        writer = self.writer(args.model, args.samples)
+        writer.read([p.messages for p in [*self.prompts, *self.exam]])
+        for note in writer.notes:
+            print0(f"--model: {note}")
         exam = [p.record for p in self.exam]
         asked = [p.messages for p in self.prompts], self.golden
         seen = [human.fingerprint, held_out.fingerprint, asked, exam, self.tokenizer.chat_template]
@@ -242,6 +271,14 @@ class Game:
         print0(f"human pairs: {left_out} of {len(human)} are about the LLM's prompts and left out")
         return kept
 
+    def writer(self, model: str | Path, samples: int, **decoding) -> Writer:
+        """Returns the writer of a model's samples; decoding is that of answers()."""
+        args = self.args
+        settings = dict(seed=args.seed, chat_template=args.chat_template, dtype=args.dtype)
+        settings |= dict(max_new_tokens=args.max_new_tokens, batch_size=128, samples=samples)
+        settings |= dict(top_k=0, top_p=1.0, strip_thinking=False) | decoding
+        return Writer(str(model), "--model", Namespace(**settings), self.device, self.encoder.day)
+
     def answers(
         self, model: str | Path, prompts: list[Prompt], out: Path, temperature: float, samples: int,
         **decoding,
@@ -250,13 +287,13 @@ class Game:
 
         decoding may hold top_k and top_p. Answers of an interrupted command, in out, are kept.
         """
-        args = self.args
         distributed.from_rank_0(lambda: out.mkdir(parents=True, exist_ok=True), "--out_dir")
-        settings = dict(seed=args.seed, chat_template=args.chat_template, dtype=args.dtype)
-        settings |= dict(max_new_tokens=args.max_new_tokens, batch_size=128, samples=samples)
-        settings |= dict(top_k=0, top_p=1.0, strip_thinking=False) | decoding
-        writer = Writer(str(model), "--model", Namespace(**settings), self.device, self.encoder.day)
+        writer = self.writer(model, samples, **decoding)
         answers = writer.answers(prompts, temperature, out, "model")
+        ended = [answer.ended for of_prompt in answers for answer in of_prompt]
+        if cut := ended.count(False):
+            limit = f"--max_new_tokens {self.args.max_new_tokens}"
+            print0(f"{cut} of {len(ended)} answers were cut at {limit} and are not used")
         return [[answer.text for answer in of_prompt if answer.ended] for of_prompt in answers]
 
     def game_pairs(self, samples: list[list[str]]) -> list[Triplet]:
@@ -269,11 +306,15 @@ class Game:
             messages = prompt.messages
             for text in texts:
                 answers = gold, self.encoder.plain(text)
+                notes["special tokens left out of a sample"] += answers[1] != text
                 try:
                     triplets.append(self.encoder.triplet(messages, *answers, self.length, 0, notes))
                 except RowFault as reason:
                     dropped[str(reason)] += 1
-        print0(f"{len(triplets)} pairs of golden answer and sample; dropped: {counts(dropped)}")
+        print0(
+            f"{len(triplets)} pairs of golden answer and sample; dropped: {counts(dropped)};"
+            f" noted: {counts(+notes)}"
+        )
         return triplets
 
     def train_reward(self, variant: str, samples: list[list[str]], folder: Path) -> list[float]:
@@ -303,10 +344,16 @@ class Game:
         dtype, day = DTYPES[self.args.dtype], self.encoder.day
         scorer = RewardModel(str(folder / "hf"), self.device, dtype, day)
         asked = [(p.messages, text) for p, texts in self.of_llm(samples) for text in texts]
-        found = share_out(
-            asked, lambda part: scorer.score(*zip(*part, strict=True)) if part else []
-        )
-        in_order = iter(found)
+
+        def of_part(part):
+            both = [*zip(*part, strict=True)] or [[], []]
+            return [*zip(scorer.score(*both), scorer.unread(*both), strict=True)]
+
+        found = share_out(asked, of_part)
+        for key, words in NOTICED.items():
+            if n := sum(unread.get(key, False) for _, unread in found):
+                print0(f"reward model: {words}: {n}")
+        in_order = (reward for reward, _ in found)
         return [[next(in_order) for _ in texts] for _, texts in self.of_llm(samples)]
 
     def of_llm(self, samples: list[list[str]]) -> list[tuple[Prompt, list[str]]]:
@@ -380,9 +427,16 @@ class Game:
             )
         distributed.from_rank_0(lambda: reward.mkdir(exist_ok=True), "--out_dir")
         learn = partial(self.train_reward, variant, samples, reward)
-        accuracy, ece = accuracy_and_ece(once(reward / "margins.json", learn))
+        n = len(self.held_out)
+        margins = once(reward / "margins.json", learn, partial(are_numbers, n=n))
+        accuracy, ece = accuracy_and_ece(margins)
         distributed.free_memory()
-        rewards = once(folder / "rewards.json", partial(self.rewards, reward, samples))
+        lengths = [len(texts) for _, texts in self.of_llm(samples)]
+
+        def fit(rewards):
+            return len(rewards) == len(lengths) and all(map(are_numbers, rewards, lengths))
+
+        rewards = once(folder / "rewards.json", partial(self.rewards, reward, samples), fit)
         distributed.free_memory()
         rows = self.pairs(samples, rewards)
         if len(rows) < args.batch_size:
@@ -391,8 +445,11 @@ class Game:
                 f" have usable answers that ended within --max_new_tokens {args.max_new_tokens}"
                 f" ({folder})"
             )
-        text = json_lines(rows)
-        distributed.from_rank_0(lambda: write_synced(folder / "pairs.jsonl", text), "--out_dir")
+        print0(f"{len(rows)} of the LLM's {len(rewards)} prompts have usable answers")
+        text, path = json_lines(rows), folder / "pairs.jsonl"
+        if path.exists() and path.read_bytes() != text.encode():
+            print0(f"{path} does not hold what follows from rewards.json, and is written anew")
+        distributed.from_rank_0(lambda: write_synced(path, text), "--out_dir")
         if self.align(policy, k, folder):
             raise Stopped
         distributed.free_memory()
@@ -425,7 +482,8 @@ def play_all(args, argv: list[str], device: torch.device, stack: ExitStack, prog
     build_miniature(args, partial(check_input, device=device))
     game = check_input(args, device)
     out = claim_with_config(args, stack, game.fingerprint)
-    print0(f"human pairs: {game.about_human}")
+    for whose, summary in game.about.items():
+        print0(f"{whose}: {summary}")
     print0(
         f"{len(game.golden)} prompts of the reward model and as many of the LLM x {args.samples}"
         f" samples, {len(game.human)} human pairs,"
@@ -442,7 +500,8 @@ def play_all(args, argv: list[str], device: torch.device, stack: ExitStack, prog
             distributed.from_rank_0(make, "--out_dir")
             play = partial(game.play, variant, k, policy, folder, frozen)
             try:
-                row = once(folder / "round.json", partial(printing_to, folder / "log", play))
+                play = partial(printing_to, folder / "log", play)
+                row = once(folder / "round.json", play, partial(is_row, variant=variant, k=k))
             except Stopped:
                 words = shlex.join([*program, "--resume", *(w for w in argv if w != "--resume")])
                 return print0(f"stopped; resume with: python {words}")
@@ -457,6 +516,14 @@ def play_all(args, argv: list[str], device: torch.device, stack: ExitStack, prog
     for row in table:
         rounds.write(row)
     print0(f"wrote {out} in {time.perf_counter() - begin:.0f} s")
+
+
+def is_row(row: dict, variant: str, k: int) -> bool:
+    """Returns whether a value is round k's row of rounds.csv."""
+    numbers = [v for key, v in row.items() if key != "variant" and v is not None]
+    whole = {"rm_acc", "rm_ece", "reward", "pairs"} <= {*row} <= {*COLUMNS}
+    whose = row["variant"], row["round"]
+    return whole and whose == (variant, k) and are_numbers(numbers, len(numbers))
 
 
 def printing_to(path: Path, function: Callable):

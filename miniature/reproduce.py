@@ -31,7 +31,7 @@ import eval_alpaca
 import reward_model
 import train_ganpo
 from apo import train_apo
-from data import InputError
+from data import InputError, input_error_for
 from flags import Parser, count, natural, world_folder
 from generate import quiet
 from miniature import world
@@ -118,7 +118,10 @@ def settings_of(cell: str) -> dict:
 def finished(seed: int, cell: str) -> dict | None:
     """Returns the done.json of a cell, or None if it has yet to be done with these settings."""
     path = ROOT / f"seed{seed}" / cell / "done.json"
-    record = json.loads(path.read_text()) if path.exists() else {}
+    record = {}
+    if path.exists():
+        with input_error_for(f"{path} is damaged: remove it"):
+            record = dict(json.loads(path.read_text()))
     return record if record.items() >= settings_of(cell).items() else None
 
 

@@ -10,14 +10,14 @@ import cpu  # noqa: F401  must come before torch
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
-from data import read_rows
+from data import input_error_for, read_rows
 from report import read_table
 from tools import plots
 from winrate import standard_error
@@ -66,8 +66,10 @@ class Grid:
 
     def __init__(self, seeds: Sequence[int], cells: list[str], apo: bool):
         self.seeds, self.cells = seeds, cells
-        self.rounds = [apo_rounds(seed) for seed in seeds[:APO_WORLDS]] if apo else []
-        self.of = {(s, c): measures(s, c) for c in ["reference", *cells] for s in seeds}
+        games = seeds[:APO_WORLDS] if apo else []
+        self.rounds = [read_cell(apo_rounds, seed, "apo") for seed in games]
+        cells = ["reference", *cells]
+        self.of = {(s, c): read_cell(measures, s, c) for c in cells for s in seeds}
 
     def values(self, cell: str, key) -> np.ndarray:
         """Returns a measure in every world, (len(seeds),); nan where it is missing."""
@@ -82,9 +84,16 @@ class Grid:
         return with_error(self.values(a, key) - self.values(b, key), places, sign="+")
 
 
-def apo_rounds(seed: int) -> dict:
+def read_cell(read: Callable, seed: int, cell: str) -> dict:
+    """Returns read(seed, cell); raises InputError, which names the cell's folder, if that fails."""
+    folder = ROOT / f"seed{seed}" / cell
+    with input_error_for(f"{folder} is damaged (remove it, and the cell is done anew)"):
+        return read(seed, cell)
+
+
+def apo_rounds(seed: int, cell: str) -> dict:
     """Returns the rows of a game's rounds.csv, by variant and round."""
-    with (ROOT / f"seed{seed}" / "apo" / "run" / "rounds.csv").open() as file:
+    with (ROOT / f"seed{seed}" / cell / "run" / "rounds.csv").open() as file:
         rows = list(csv.DictReader(file))
     found = {}
     for row in rows:

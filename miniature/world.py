@@ -45,7 +45,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from data import ChatEncoder, InputError, input_error_for, json_lines, read_rows, user_chat
+from data import (
+    ChatEncoder,
+    InputError,
+    input_error_for,
+    json_lines,
+    names,
+    read_rows,
+    user_chat,
+)
 from flags import Parser, natural, world_folder
 from generate import Answer, generate, quiet
 from policy import load_weights
@@ -53,6 +61,7 @@ from policy import load_weights
 SIZES = dict(  # of a world; sft_steps are the reference's training steps
     prompts=1000, train_prompts=2048, train_pairs=3072, test_prompts=256, sft_steps=1600,
 )  # fmt: skip
+FILES = "model demos.jsonl train.jsonl test.jsonl prompts.jsonl world.json".split()
 BATCH, SAMPLES, MAX_NEW_TOKENS = 16, 4, 64  # texts per step, answers per prompt, their tokens
 
 # ---------------------------------------------------------------------- the tasks
@@ -429,10 +438,34 @@ def draw_pairs(model, encoder, tasks, per_prompt, rng, seed, log) -> list[dict]:
 
 def read_tasks(path: str | Path) -> list[Task]:
     """Returns the tasks of a world's prompts.jsonl. Raises InputError for rows of another kind."""
-    try:
-        return [Task(**row) for row in read_rows(str(path), "train")]
-    except TypeError:
-        raise InputError(f"{path}: not prompts of the miniature") from None
+    tasks = []
+    for i, row in enumerate(read_rows(str(path), "train")):
+        tasks.append(task_of(row, f"{path}: row {i}"))
+        if more := [name for name in row if name not in Task._fields]:
+            raise InputError(f"{path}: row {i} is more than a prompt: it also has {names(more)}")
+    return tasks
+
+
+def task_of(row: dict, where: str) -> Task:
+    """Returns the task of a row, whose other columns are of no concern.
+
+    Raises InputError, which begins with `where`, unless the judge finds the row's own solution
+    right.
+    """
+    known = {k: v for k, v in row.items() if k in Task._fields} if isinstance(row, dict) else {}
+    with input_error_for(f"{where} is no prompt of the miniature"):
+        if missing := [k for k in Task._fields[:3] if not isinstance(known.get(k), str)]:
+            raise InputError(f"it has no text as {missing[0]}")
+        if known["family"] not in FAMILIES:
+            raise InputError(f"{known['family']!r} is none of its families of tasks")
+        task = Task(**known)
+        try:
+            right = judge(task, task.solution).strict == 1
+        except Exception:  # its arguments are not those of the family's checks
+            right = False
+        if not right:
+            raise InputError(f"its solution {task.solution!r} and args {task.args!r} do not agree")
+    return task
 
 
 def build(
@@ -449,10 +482,15 @@ def build(
             fcntl.flock(lock, fcntl.LOCK_EX)  # a second builder waits here for the first
             if not folder.exists():
                 build_alone(folder, settings, log)
-    with input_error_for(f"{folder / 'world.json'} is damaged: remove {folder}"):
+    remove = f"remove {folder}, and it is built anew"
+    if missing := [name for name in FILES if not (folder / name).exists()]:
+        raise InputError(f"{folder} is no whole world, it has no {missing[0]}: {remove}")
+    with input_error_for(f"{folder / 'world.json'} is damaged: {remove}"):
         built_with = json.loads((folder / "world.json").read_text())
     if built_with != settings:
-        raise InputError(f"{folder} was built with other settings: remove it")
+        raise InputError(f"{folder} was built with other settings: {remove}")
+    with input_error_for(f"{folder} is damaged ({remove})"):
+        read_tasks(folder / "prompts.jsonl")  # which are used only at the end of a run
     return folder
 
 
@@ -555,12 +593,13 @@ def examine(model: str, tasks: list[Task], temperature: float, seed: int) -> lis
 def show(folder: Path):
     """Prints a pair of each of ten families."""
     rows = read_rows(str(folder / "train.jsonl"), "train")
-    first = {row["family"]: row for row in reversed(rows)}
-    for row in [first[family] for family in FAMILIES if family in first][:10]:
-        print(row["prompt"])
-        for side in ("chosen", "rejected"):
-            scores = f"gold {row[f'gold_{side}']:.2f}, annotator {row[f'score_{side}']:.2f}"
-            print(f"    {side:<9}{row[side]!r:<44} {scores}")
+    with input_error_for(f"{folder / 'train.jsonl'} is damaged"):
+        first = {row["family"]: row for row in reversed(rows)}
+        for row in [first[family] for family in FAMILIES if family in first][:10]:
+            print(row["prompt"])
+            for side in ("chosen", "rejected"):
+                scores = f"gold {row[f'gold_{side}']:.2f}, annotator {row[f'score_{side}']:.2f}"
+                print(f"    {side:<9}{row[side]!r:<44} {scores}")
 
 
 def parse_args(argv: list[str]):

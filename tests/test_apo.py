@@ -9,18 +9,20 @@ import random
 import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import checkpoint
+import distributed
 import eval_alpaca
 import reward_model
 from apo import train_apo
 from apo.train_apo import accuracy_and_ece, best_and_worst, difference_loss, pair_loss
-from data import user_chat
+from data import InputError, user_chat
 from distributed import StopSignals
 from generate import Answer, pick
 from helpers import build_small_worlds, command, read_csv
@@ -208,7 +210,7 @@ def test_the_reward_model_never_sees_the_llms_prompts(handed):
         (["--held_out=long.jsonl"], "--held_out long.jsonl: 0 of 1 rows"),
         (
             ["--exam=few.jsonl", "--golden=golden.jsonl"],
-            "--exam: few.jsonl: not prompts",
+            "--exam: few.jsonl: row 0 is no prompt of the miniature: it has no text as family",
         ),
         (["--exam=alpaca_eval"], "--exam: alpaca_eval: is no file here"),
         (["--model=./nowhere"], "--model ./nowhere"),
@@ -254,10 +256,119 @@ HH = "\n\nHuman: Hi.\n\nAssistant: Hello!\n\nHuman: Go.\n\nAssistant:"
 )
 def test_golden_answers_are_read_in_apo_s_own_format_too(row, tmp_path):
     (tmp_path / "g.json").write_text(json.dumps([row, row]))
-    (prompt,), (golden,) = train_apo.read_golden(str(tmp_path / "g.json"))
+    (prompt,), (golden,), notes = train_apo.read_golden(str(tmp_path / "g.json"))
+    assert notes == ["columns not read: messages"] * ("messages" in row)
     said = [user_chat("Hi.")[0], {"role": "assistant", "content": "Hello!"}, *user_chat("Go.")]
     assert prompt.messages == (said if HH in row.values() else user_chat("Go."))
     assert golden == "A hen."
+
+
+def test_what_is_not_read_of_golden_answers_is_said(tmp_path):
+    row = {"prompt": "Go.", "query": "Run.", "golden": "A hen.", "solution": "A hen."}
+    row |= {"chosen": "A cat.", "rejected": "A dog.", "system": "Rhyme.", "tags": [], "why": "x"}
+    chat = {"prompt": [{"role": "user", "content": "Hi.", "mood": "glad"}], "golden": "Hi."}
+    rows = [row, chat, {"prompt": "Hi.", "golden": "Hello."}]
+    (tmp_path / "g.json").write_text(json.dumps(rows))
+    (first, _), golden, notes = train_apo.read_golden(str(tmp_path / "g.json"))
+    assert first.messages == [{"role": "system", "content": "Rhyme."}, *user_chat("Go.")]
+    assert golden == ["A hen.", "Hi."]
+    assert notes == [
+        "columns not read: query, why, chosen, rejected, prompt.mood",
+        "1 rows have another golden answer to an earlier prompt and are not read",
+    ]
+
+
+def test_what_the_llm_s_template_makes_of_prompts_is_said_before_the_game(game, capsys):
+    rows = [{"prompt": f"p{i}", "golden": "b", "note": "x"} for i in range(32)]
+    rows[0]["prompt"], rows[1]["prompt"] = "Say <|end|>.", "y" * 500
+    Path("notes.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(SystemExit, match="--exam: alpaca_eval"):
+        train_apo.main([*ARGV, "--golden=notes.jsonl", "--exam=alpaca_eval", "--out_dir=never"])
+    assert "--golden notes.jsonl: columns not read: note\n" in capsys.readouterr().out
+    with mock.patch.object(train_apo, "claim_with_config", side_effect=InputError("enough")):
+        with pytest.raises(SystemExit, match="enough"):
+            train_apo.main([*ARGV, "--golden=notes.jsonl", "--out_dir=never"])
+    printed = capsys.readouterr().out
+    spelled = "1 of 32 prompts spell out special tokens, which the chat template makes real ones"
+    assert f"\n--model: {spelled}\n" in printed
+    cut = "1 of 32 prompts are longer than 480 tokens; the middle of these is left out"
+    assert f"\n--model: {cut}\n" in printed
+
+
+ONE_ROUND = "--variants=apo --rounds=1 --lr 1e-4 --golden=solver.jsonl --samples=2".split()
+ONE_ROUND += "--prompts=22 --batch_size=16 --max_new_tokens=32".split()
+
+
+@pytest.fixture
+def played(game, handed, monkeypatch):
+    """A round of a game without training: the reward model is random, the LLM stays as it is."""
+    base = "out/mini/seed0/model"
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+
+    def learn(args, config, tokenizer, triplets, held_out, *rest):
+        for part in (model, tokenizer):
+            part.save_pretrained(Path(args.out_dir, "hf"))
+        return torch.arange(len(held_out))
+
+    def align(self, policy, k, folder):
+        shutil.copytree(base, folder / "policy" / "hf", dirs_exist_ok=True)
+
+    monkeypatch.setattr(reward_model, "learn", learn)
+    monkeypatch.setattr(train_apo.Game, "align", align)
+    monkeypatch.setattr(distributed, "free_memory", lambda: None)  # it takes time
+    if not Path("played").exists():  # by the first test that asks for it
+        train_apo.main([*ONE_ROUND, "--out_dir=played"])
+    return Path("played/apo/round1")
+
+
+ROW = b'{"variant": "%s", "round": 1, "rm_acc": 1, "rm_ece": 1, "reward": 1, "pairs": 1}'
+
+
+@pytest.mark.parametrize("name, damage", [
+    ("round.json", b'{"variant": "ap'), ("round.json", b"[1]"),
+    ("round.json", b'{"variant": "apo", "round": 1}'), ("round.json", ROW % b"gail"),
+    ("rewards.json", b"[[1.0], [2.0]]"),
+    ("reward/margins.json", b"{}"), ("reward/margins.json", b"[0.5, null]"),
+    ("answers/model-T1.jsonl", b'{"prompt": 3}\n'), ("answers/model-T1.meta.json", b"{"),
+])  # fmt: skip
+def test_a_damaged_file_of_a_game_is_named(name, damage, played, game, tmp_path):
+    shutil.copytree("played", tmp_path / "again")
+    folder = tmp_path / "again" / "apo" / "round1"
+    if name != "round.json":
+        (folder / "round.json").unlink()
+    (folder / name).write_bytes(damage)
+    with pytest.raises(SystemExit, match="^apo.train_apo: ") as end:
+        train_apo.main([*ONE_ROUND, "--resume", f"--out_dir={tmp_path / 'again'}"])
+    assert f"{folder / name}" in str(end.value) and "\n" not in str(end.value)
+
+
+def test_pairs_that_do_not_follow_from_the_rewards_are_written_anew(played, game, tmp_path):
+    shutil.copytree("played", tmp_path / "again")
+    folder = tmp_path / "again" / "apo" / "round1"
+    (folder / "round.json").unlink()
+    pairs = (folder / "pairs.jsonl").read_bytes()
+    (folder / "pairs.jsonl").write_bytes(pairs[:-9])
+    train_apo.main([*ONE_ROUND, "--resume", f"--out_dir={tmp_path / 'again'}"])
+    assert (folder / "pairs.jsonl").read_bytes() == pairs
+    said = "pairs.jsonl does not hold what follows from rewards.json, and is written anew"
+    assert said in (folder / "log").read_text()
+    assert (folder / "round.json").read_text() == (played / "round.json").read_text()
+
+
+def test_what_a_reward_model_of_the_game_does_not_read_is_counted(played):
+    """In the log of the round: samples hold special tokens as text."""
+    rows = [json.loads(line) for line in (played / "answers/model-T1.jsonl").open()]
+    marked = [r for r in rows if r["ended"] and re.search(r"<\|\w+\|>", r["text"])]
+    of_llm = sum(r["prompt"] >= 22 for r in marked)
+    log = (played / "log").read_text()
+    assert 0 < of_llm < len(marked)
+    cut = sum(not row["ended"] for row in rows)
+    assert f"{cut} of 88 answers were cut at --max_new_tokens 32 and are not used\n" in log
+    pairs = len((played / "pairs.jsonl").read_text().splitlines())
+    assert cut and f"{pairs} of the LLM's 22 prompts have usable answers\n" in log
+    assert f"what scores them did not read: {of_llm}\n" in log
+    assert f"; noted: special tokens left out of a sample {len(marked) - of_llm}\n" in log
 
 
 def test_a_game_whose_answers_are_cut_says_so(game, monkeypatch):

@@ -133,17 +133,24 @@ def test_bench_puts_another_program_beside_itself(workload, capsys, monkeypatch)
 
 
 def test_bench_refuses_what_it_cannot_measure(workload, tmp_path):
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "pairs.jsonl").write_text("[1]\n" * 99)
     for argv, message in (
         ((tmp_path / "nothing",), "no workload"),
+        ((tmp_path / "damaged",), "damaged: no workload: list indices must"),
         ((workload[0], "--vs=echo", "--json"), "--vs prints a table"),
         ((workload[0], "--vs=echo", "--estimate=8"), "--vs prints a table"),
         ((workload[0], "--batch_size=4"), "6 pairs, 12 needed"),
     ):
         with pytest.raises(SystemExit, match=rf"^tools.bench: .*{message}"):
             bench.main([str(x) for x in argv])
-    (workload[0] / "config.json").write_text("{")
-    with pytest.raises(SystemExit, match="^tools.bench: .*not a valid JSON file"):
-        bench.main([str(workload[0]), "--batch_size=2"])
+    for text, message in (
+        ("{", "not a valid JSON file"),
+        ("{}", "no workload: Unrecognized model"),
+    ):
+        (workload[0] / "config.json").write_text(text)
+        with pytest.raises(SystemExit, match=f"^tools.bench: .*{message}"):
+            bench.main([str(workload[0]), "--batch_size=2"])
 
 
 # ---------------------------------------------------------------------- the estimate of memory

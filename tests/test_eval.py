@@ -27,7 +27,9 @@ import torch
 import torch.distributed as dist
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
@@ -605,6 +607,22 @@ def test_an_evaluation_keeps_the_date_of_its_first_day(exam, tmp_path, capsys, m
         on(25, tmp_path / "d", "0")
 
 
+def test_scores_keep_the_date_of_the_reward_model_s_first_day(exam, tmp_path, capsys, monkeypatch):
+    judge = make_reward_model(tmp_path / "rm", exam / "model")
+    Path(judge, "chat_template.jinja").write_text(DATED)
+    (tmp_path / "o.json").write_text(json.dumps(outputs()(exam)))
+    argv = [f"--outputs={tmp_path / 'o.json'}", f"--prompts={exam / 'prompts.jsonl'}"]
+    argv += [f"--reward_model={judge}", "--temperatures=0"]
+    for day in (24, 25):
+        today = type(
+            "date", (date,), {"today": classmethod(lambda cls, day=day: cls(2026, 11, day))}
+        )
+        monkeypatch.setattr(eval_alpaca, "date", today)
+        eval_alpaca.main(argv)
+        said = "--reward_model: the chat template writes the date, here always 2026-11-24\n"
+        assert said in capsys.readouterr().out
+
+
 SAID = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
 NEXT = [*SAID, {"role": "user", "content": "Go."}]
 SYSTEM = {"role": "system", "content": "Rhyme."}
@@ -663,7 +681,7 @@ def test_a_chat_is_answered_as_a_chat(exam, tmp_path, capsys):
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
         patch.setattr(eval_alpaca, "judge_mini", lambda prompts, texts: [{}] * len(texts))
-        patch.setattr(eval_alpaca, "task_of", lambda p: reward)
+        patch.setattr(eval_alpaca, "task_of", lambda *_: reward)
         (row, _), _ = examine(exam, out, f"--prompts={file}")
     assert f"--prompts {file}: columns not read: reference\n" in capsys.readouterr().out
     lm = AutoModelForCausalLM.from_pretrained(exam / "model", dtype=torch.float32)
@@ -677,9 +695,11 @@ def test_generate_refuses_what_it_cannot_read_and_says_what_was_cut(exam, capsys
     asked = [f"--model={exam / 'model'}", "--temperature=0", "--max_new_tokens=1"]
     with pytest.raises(SystemExit, match="^generate.py: .* is no valid UTF-8: it holds half"):
         generate_py.main([*asked, "Hi.", "\ud83d"])
-    generate_py.main([*asked, "--seed=2", "Hi."])
+    generate_py.main([*asked, "--seed=2", "Hi.<|end|>"])
     printed = capsys.readouterr().out
     assert printed.startswith("not used with --temperature 0: --seed\n")
+    said = "1 of 1 prompts spell out special tokens, which the chat template makes real ones"
+    assert f"\n--model: {said}\n" in printed
     assert printed.endswith(" [cut at --max_new_tokens 1]\n")
 
 
@@ -695,6 +715,12 @@ def test_a_run_is_examined_in_its_own_world_unless_a_seed_is_given(tmp_path):
     assert seed("--prompts=mine.jsonl", **own) == 0
     assert seed(model="out/mini/seed0/model", dataset="pairs.jsonl") == 0
     assert eval_alpaca.parse_args(["--model=some/model"]).seed == 0
+    (tmp_path / "config.json").write_text('{"seed": 7')
+    with pytest.raises(
+        InputError, match="config.json is damaged or not that of a run: pass --seed"
+    ):
+        eval_alpaca.parse_args([f"--model={tmp_path / 'hf'}"])
+    assert eval_alpaca.parse_args([f"--model={tmp_path / 'hf'}", "--seed=3"]).seed == 3
 
 
 def test_the_sidecar_says_how_the_answers_were_made(exam, tmp_path):
@@ -808,11 +834,164 @@ def test_the_default_folder_of_answers_differs_by_model_and_baseline(tmp_path, m
     assert out("models/b") == "models/eval-b-my-mini" and out("models/c/") != out("models/b")
     assert out("one/m") == "out/one--m/eval-my-mini" != out("two/m")
     assert out("models/b", "--baseline=runs/a/hf") == "models/eval-b-my-mini-vs-a"
-    by_another = "--judge=rm", "--reward_model=org/r"
-    assert out("models/b", *by_another) == "models/eval-b-my-rm-by-org--r"
+    by_another = "--reward_model=org/r"
+    assert out("models/b", "--judge=rm", by_another) == "models/eval-b-my-rm-by-org--r"
+    assert out("models/b", by_another) == "models/eval-b-my-mini-by-org--r"
     assert out("models/b", "--baseline=answers.json.gz") == "models/eval-b-my-mini-vs-answers"
     monkeypatch.chdir(tmp_path / "models" / "b")
     assert out(".") == "eval-b-my-mini"
+
+
+REFUSED = "results.json was made with other settings: "
+
+
+def test_results_of_other_answers_or_of_another_judge_are_not_written_over(
+    exam, tmp_path, monkeypatch, capsys
+):
+    """One default folder, or one --out; what only adds to the results is welcome."""
+    monkeypatch.chdir(tmp_path)
+    rows = outputs()(exam)
+    others = [row | {"output": "b"} for row in rows]
+    for name, content in (("o.json", rows), ("p.json", rows), ("x/o.json", others),
+                          ("x/p.json", others)):  # fmt: skip
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(json.dumps(content))
+    make_reward_model(tmp_path / "a" / "rm", exam / "model")
+    shutil.copytree("a", "moved")
+    make_reward_model(tmp_path / "b" / "rm", exam / "other")
+    shutil.copy(exam / "prompts.jsonl", "prompts.jsonl")
+    tasks = lines_of("prompts.jsonl")
+    tasks[3]["note"] = "new"
+    Path("x").joinpath("prompts.jsonl").write_text("\n".join(map(json.dumps, tasks)))
+
+    def judged(*flags, prompts="prompts.jsonl", file="o.json", at=("0",)):
+        files = [file, "p.json"][: len(at)]
+        eval_alpaca.main(
+            ["--outputs", *files, f"--prompts={prompts}", "--temperatures", *at, *flags]
+        )
+        return capsys.readouterr().out.splitlines()[-1].removeprefix("wrote ")
+
+    def refused(message, *flags, **more):
+        with pytest.raises(SystemExit, match=f"{re.escape(message)}.*; pass another --out$"):
+            judged(*flags, **more)
+
+    by = "--judge=rm", "--reward_model=a/rm"
+    out = judged(*by)
+    whole = Path(out, "results.json").read_bytes()
+    refused(f"{out}/{REFUSED}content of --reward_model was ", "--judge=rm", "--reward_model=b/rm")
+    refused(f"{REFUSED}prompts was ", *by, prompts="x/prompts.jsonl")
+    refused(f"{REFUSED}answers at T 0 was ", *by, f"--out={out}", file="x/o.json")
+    refused(f"{REFUSED}answers at T 0 was ", *by, at=("0.5",))
+    refused(f"{REFUSED}strip_thinking was False, is now True", *by, "--strip_thinking")
+    refused(f"{REFUSED}judge was rm, is now mini", by[1], f"--out={out}")
+    assert Path(out, "results.json").read_bytes() == whole
+    assert judged("--judge=rm", "--reward_model=moved/rm") == out  # the same model
+    judged(*by, at=("0", "0.7"))
+    assert [row["temperature"] for row in json_of(f"{out}/results.json")] == [0, 0.7]
+    refused(f"{REFUSED}answers at T 0.7 was ", *by)
+    versus = judged("--baseline=p.json")
+    assert judged("--baseline=p.json") == versus != out
+    refused(f"{versus}/{REFUSED}content of --baseline was ", "--baseline=x/p.json")
+    refused(f"{REFUSED}content of --baseline was ", f"--out={versus}")
+    refused(
+        f"{REFUSED}content of --baseline was ",
+        f"--out={versus}",
+        f"--baseline={exam}/model",
+        "--max_new_tokens=9",
+    )
+    more = "--out=model", "--max_new_tokens=9"
+    judged(*more, f"--baseline={exam}/model")
+    refused(f"{REFUSED}content of --baseline was ", *more)
+    meta = Path(out, "results.meta.json")
+    for damage in ("{", "[1]"):
+        meta.write_text(damage)
+        with pytest.raises(SystemExit, match="meta.json: how it was made cannot be read .pass ano"):
+            judged(*by, at=("0", "0.7"))
+
+
+def test_other_annotations_or_difficulties_are_not_written_over_in_one_folder(alpaca, tmp_path):
+    rows = own_annotations(alpaca)[:5]
+    file = write_lines(tmp_path / "x.jsonl", rows)
+    first = annotate(file, tmp_path / "out", alpaca)
+    assert annotate(file, tmp_path / "out", alpaca) == first
+    with pytest.raises(SystemExit, match=f"{REFUSED}difficulty was position, is now instruction; "):
+        annotate(file, tmp_path / "out", alpaca, "--difficulty=instruction")
+    other = shutil.copytree(alpaca, tmp_path / "alpaca")
+    with (other / "df_gamed.csv").open("a") as gamed:
+        gamed.write("0.5,0,0,0,False,concise\n")
+    with pytest.raises(SystemExit, match=f"{REFUSED}content of df_gamed.csv was .*; pass another"):
+        annotate(file, tmp_path / "out", other)
+    write_lines(tmp_path / "x.jsonl", rows[1:])
+    with pytest.raises(SystemExit, match=f"{REFUSED}content of --annotations was .*; pass another"):
+        annotate(file, tmp_path / "out", alpaca)
+
+
+NO_SYSTEM = (  # and no thinking, as Qwen3's, and nothing beyond a line
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    "<|{{ m.role }}|>{{ (m.content | string).split('</think>')[-1].split('\n')[0] }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_what_the_reward_model_s_template_changes_is_said(exam, tmp_path, capsys):
+    """Of the prompts before anything is scored, and of every answer."""
+    judge = make_reward_model(tmp_path / "rm", exam / "model")
+    Path(judge, "chat_template.jinja").write_text(NO_SYSTEM)
+    system = [{"role": "system", "content": "Be brief."}, *user_chat("Hi.")]
+    prompts = write_lines(tmp_path / "p.jsonl", [
+        {"prompt": system}, {"prompt": "Say <|end|>."}, {"prompt": "One\ntwo"}, {"prompt": "Go."},
+    ])  # fmt: skip
+    (system, *rest), _ = eval_alpaca.read_prompts(SimpleNamespace(prompts=prompts, judge="rm"))
+    texts = "a", "b<|user|>", "<think>\nHm.\n</think>\n\nc", "<think>Hm.</think>c"
+    rows = [{"instruction": p.instruction, "output": text, "generator": "g", "source": "x"}
+            for p, text in zip((system, *rest), texts, strict=True)]  # fmt: skip
+    (tmp_path / "o.json").write_text(json.dumps(rows))
+    eval_alpaca.main([
+        f"--outputs={tmp_path / 'o.json'}", "--temperatures=0", f"--prompts={prompts}",
+        "--judge=rm", f"--reward_model={judge}", f"--baseline={tmp_path / 'o.json'}",
+    ])  # fmt: skip
+    printed = capsys.readouterr().out
+    for said in (
+        "1 of 4 prompts spell out special tokens, which the chat template makes real ones",
+        "1 system turns stand before the user's text",
+        "the chat template leaves out text of 2 prompts",
+    ):
+        assert f"\n--reward_model: {said}\n" in printed
+    assert f"--outputs {tmp_path / 'o.json'}: columns not read: source\n" in printed
+    assert f"\n{tmp_path / 'o.json'}: columns not read: source\n" in printed
+    (scores,) = Path(tmp_path).glob("eval-o-p-rm-*/scores.jsonl")
+    scores = lines_of(scores)
+    assert [s["spelled"] for s in scores] == [False, True, False, False]
+    assert [s["left_out"] for s in scores] == [True, False, True, True]
+    assert [s["left_out_baseline"] for s in scores] == [True, False, True, True]
+    lost = "texts of which the chat template of what scores them leaves out a part: 3 (T 0)\n"
+    spelled = "answers with special tokens as text, which what scores them did not read: 1 (T 0)\n"
+    for said in (lost, spelled):
+        assert f"\n{said}" in printed and f"\nof the baseline, {said}" in printed
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("bert", {}), ("roberta", {}), ("distilbert", dict(dim=32, n_heads=4, hidden_dim=48)),
+        ("gemma3_text", dict(head_dim=8, use_bidirectional_attention=True)),
+        ("m2m_100", dict(d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32)),
+    ],
+)  # fmt: skip
+def test_an_encoder_is_not_taken_for_a_model_that_writes(family, changes, exam, tmp_path):
+    config = AutoConfig.for_model(family, **SIZE | changes)
+    auto = {"gemma3_text": AutoModelForCausalLM, "m2m_100": AutoModel}
+    auto.get(family, AutoModelForMaskedLM).from_config(config).save_pretrained(tmp_path / "m")
+    tiny().save_pretrained(tmp_path / "m")
+    said = (
+        f"{tmp_path / 'm'}: a model of type '{family}' writes no text, .* gemma2, .*, smollm3 and"
+    )
+    with pytest.raises(SystemExit, match=f"^generate.py: --model {said}"):
+        generate_py.main([f"--model={tmp_path / 'm'}", "Hi."])
+    with pytest.raises(SystemExit, match=f"^eval_alpaca.py: --model {said}"):
+        examine(exam, tmp_path / "out", f"--model={tmp_path / 'm'}")
+    with pytest.raises(SystemExit, match=f"^eval_alpaca.py: --baseline {said}"):
+        examine(exam, tmp_path / "out", f"--baseline={tmp_path / 'm'}")
 
 
 def test_flags_that_are_not_used_are_named(exam, tmp_path, capsys):
@@ -1020,7 +1199,8 @@ def test_bad_input_is_one_line_before_anything_is_written(exam, tiny_world, tmp_
          "--max_new_tokens 250 leaves 6 of the model's 256 positions for the prompt"),
         ([model, mini, "--temperatures", "0.7", "0.7"], "--temperatures: a value is given twice"),
         ([model, mini, "--temperatures", "nan"], "argument --temperatures: nan is not in [0, inf)"),
-        ([model, f"{at}/plain.jsonl"], "--judge mini: the prompts are not the miniature's"),
+        ([model, f"{at}/plain.jsonl"], f"--judge mini: {tmp_path}/plain.jsonl: row 0 is no prompt"
+         " of the miniature: it has no text as family"),
         ([model, f"{at}/twice.jsonl"], f"--prompts {tmp_path}/twice.jsonl: row 1 has"),
         ([model, f"{at}/none.jsonl"],
          f"--prompts {tmp_path}/none.jsonl: row 0: no instruction and no prompt, text or chat, in"
@@ -1054,7 +1234,7 @@ def test_prompts_without_room_lose_their_middle_and_are_counted(exam, tmp_path, 
         patch.setattr("generate.write_batch", spy)
         shutil.copytree(exam / "model", tmp_path / "model")
         shutil.copy(prompts, tmp_path / "prompts.jsonl")
-        patch.setattr(eval_alpaca, "task_of", lambda p: world.Task("reverse", "", "x"))
+        patch.setattr(eval_alpaca, "task_of", lambda *_: world.Task("reverse", "", "x"))
         examine(tmp_path, tmp_path / "out", "--temperatures", "0")
     said = "1 of 2 prompts are longer than 244 tokens; the middle of these is left out"
     printed = capsys.readouterr().out
@@ -1115,6 +1295,8 @@ def stub_lm_eval(monkeypatch):
     def follows(name, text):
         if name == "needs_data":
             raise LookupError("\n****\n  Resource punkt not found.\n****")
+        if name == "broken":
+            raise KeyError("n")
         return text.isupper() if name == "capitals" else "*" in text
 
     def check(prepare):
@@ -1129,7 +1311,7 @@ def stub_lm_eval(monkeypatch):
     utils.test_instruction_following_strict = check(lambda text: text)
     utils.test_instruction_following_loose = check(lambda text: text + "*")
     package, langdetect = ModuleType("lm_eval.tasks.ifeval"), ModuleType("langdetect")
-    known = dict.fromkeys(("capitals", "star", "needs_data"))
+    known = dict.fromkeys(("capitals", "star", "needs_data", "broken"))
     package.utils, package.instructions_registry = utils, SimpleNamespace(INSTRUCTION_DICT=known)
     langdetect.DetectorFactory = SimpleNamespace(seed=None)
     for name in ("lm_eval", "lm_eval.tasks"):
@@ -1191,6 +1373,14 @@ def test_tools_ifeval_prints_accuracies_with_their_errors_over_prompts(
             ifeval.main([str(file), str(prompts)])
         return str(end.value)
 
+    twice = f"tools.ifeval: {file}: 1 instructions occur twice"
+    assert refused([*answers, answers[0]]) == twice
+    assert refused([{"instruction": 1, "output": ""}]).endswith("row 0 has no text as instruction")
+    file.write_bytes(b"\xff")
+    with pytest.raises(SystemExit, match=f"^tools.ifeval: {file}: not JSON: 'utf-8' codec"):
+        ifeval.main([str(file), str(prompts)])
+    other = CHECKED[0] | {"instruction_id_list": ["broken"]}
+    assert refused(answers[:1], [other]).endswith("prompt 0: broken refuses its kwargs: 'n'")
     assert refused(answers[1:]) == f"tools.ifeval: {file}: 1 of 4 prompts have no answer"
     more = [*answers, {"instruction": "x", "output": "y"}]
     assert refused(more) == f"tools.ifeval: {file}: 1 answers are to no prompt"
@@ -1320,7 +1510,8 @@ def test_any_classifier_of_one_label_scores_a_batch_as_text_by_text(family, tmp_
     chats = [user_chat("Hello.")] * 5
     answers = ["a", "bc", "b", "a " * 99, "cd"]
     rewards = rm.score(chats, answers)
-    assert rm.too_long(chats, answers) == [False, False, False, True, False]
+    unread = [text["cut_text"] for text in rm.unread(chats, answers)]
+    assert unread == [False, False, False, True, False]
     alone = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     for chat, answer, reward in zip(chats, answers, rewards, strict=True):
         turns = [*chat, {"role": "assistant", "content": answer}]
@@ -1649,6 +1840,81 @@ def test_what_no_run_has_is_named_and_what_is_no_run_is_refused(tmp_path, capsys
             plots.main([str(folder), f"--out={tmp_path / 'g'}"])
     with pytest.raises(SystemExit, match="7 runs: more than 6 lines"):
         plots.main(["x"] * 7)
+
+
+def damaged(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize("file, old, new, message", [
+    ("metrics.csv", "\n2,", "\n2,0.5\n3,", "metrics.csv is damaged: row 1 has more or fewer"),
+    ("metrics.csv", "\n2,", "\n2,7,", "metrics.csv is damaged: row 1 has more or fewer values"),
+    ("metrics.csv", "\n2,", "\nx,", "metrics.csv is damaged: invalid literal for int"),
+    ("metrics.csv", "\n2,", "\n2,x", "metrics.csv is damaged: could not convert string to float"),
+    ("metrics.csv", "step", "stop", "metrics.csv is damaged: there is no 'step'"),
+    ("config.json", "{", "[", "b: metrics.csv has no row, or config.json is not a run's"),
+    ("eval-mini-mini/results.json", '"n"', '"m"', "results.json is damaged: there is no 'n'"),
+    ("eval-mini-mini/results.json", "51.5", '"51.5"', "results.json is damaged: row 2 has no numb"),
+    ("eval-mini-mini/results.json", "[{", "[1, {", "results.json is damaged: 'int' object"),
+    ("eval-mini-mini/results.json", "]", "", "results.json: not rows of JSON"),
+    ("eval-mini-mini/scores.jsonl", '"win"', '"won"', "scores.jsonl is damaged: there is no 'win'"),
+    ("eval-mini-mini/scores.jsonl", '"length": ', '"length": null, "l": ', "length: cannot be dr"),
+])  # fmt: skip
+def test_a_damaged_file_of_one_run_is_named_before_a_figure_is_written(
+    file, old, new, message, tmp_path
+):
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=1)]
+    damaged(tmp_path / "b" / file, old, new)
+    with pytest.raises(SystemExit) as end:
+        plots.main([*runs, f"--out={tmp_path / 'figures'}"])
+    assert str(end.value).startswith("tools.plots: ") and "\n" not in str(end.value)
+    assert message in str(end.value) and not (tmp_path / "figures").exists()
+
+
+def test_a_table_that_a_resumed_run_cannot_go_on_with_is_named(tmp_path):
+    path = tmp_path / "metrics.csv"
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for text, message in (
+            ("step,loss\n1,0.5,7\n2,1\n", "is damaged: row 0 has more or fewer values"),
+            ("step,loss\n1\n2,1\n", "is damaged: row 0 has more or fewer values"),
+            ("step,less\n1,0.5\n", "is not of this run: .*less"),
+        ):
+            path.write_text(text)
+            with pytest.raises(InputError, match=f"metrics.csv {message}"):
+                report.Table(path, ["step", "loss"], 2)
+            assert path.read_text() == text
+    finally:
+        dist.destroy_process_group()
+
+
+def test_scores_that_the_judge_did_not_give_are_no_points(tmp_path):
+    """And a row of metrics.csv that is just being written is left out."""
+    run_ = Path(make_run(tmp_path / "a"))
+    rows = lines_of(run_ / "eval-mini-mini" / "scores.jsonl")
+    for i, row in enumerate(rows):
+        row["score"] = row["score"] if i % 2 else None
+    write_lines(run_ / "eval-mini-mini" / "scores.jsonl", rows)
+    (run_ / "metrics.csv").open("a").write("41,0.")
+    (one,) = plots.read_runs([str(run_)])
+    assert len(one.metrics) == 40
+    (left, _), *_ = [plots.critic([one], None).axes]
+    assert len(left.lines[0].get_xdata()) == 30
+    write_lines(run_ / "eval-mini-mini" / "scores.jsonl", [r | {"score": None} for r in rows])
+    assert plots.critic(plots.read_runs([str(run_)]), None) is None
+
+
+def test_a_figure_appears_whole_or_not_at_all(tmp_path):
+    class Broken:
+        def savefig(self, path, **_):
+            path.write_bytes(b"half")
+            raise OSError("no space left")
+
+    with pytest.raises(OSError):
+        plots.save(Broken(), tmp_path / "a.png")
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_figures_without_matplotlib_are_refused_in_one_line(monkeypatch):

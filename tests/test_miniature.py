@@ -26,9 +26,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+import eval_alpaca
 import generate as generate_module
 import report
+import reward_model
 import train_ganpo
+from apo import train_apo
 from data import ChatEncoder, InputError, load_pairs, user_chat
 from generate import Answer, generate, pick, uniforms
 from helpers import (
@@ -41,6 +44,7 @@ from helpers import (
     read_csv,
     rows_of,
     wait_for,
+    write_lines,
 )
 from miniature import world
 from miniature.world import FAMILIES, Task, annotate, demonstrate, draw_tasks, judge
@@ -279,14 +283,76 @@ def test_two_builders_build_once_and_other_settings_are_refused(tmp_path, monkey
     def write(folder, settings, log):
         builds.append(folder)
         time.sleep(0.3)
-        (folder / "world.json").write_text(json.dumps(settings))
+        for name in world.FILES:
+            (folder / name).write_text(json.dumps(settings) * (name == "world.json"))
 
     monkeypatch.setattr(world, "write_world", write)
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda _: world.build(3, tmp_path, lambda line: None), range(2)))
     assert both == [tmp_path / "seed3"] * 2 and len(builds) == 1
-    with pytest.raises(InputError, match="seed3 was built with other settings: remove it"):
+    with pytest.raises(
+        InputError, match="seed3 was built with other settings: remove .*/seed3, and"
+    ):
         world.build(3, tmp_path, sizes=SMALL)
+
+
+@pytest.mark.parametrize("name", world.FILES)
+def test_a_world_that_lacks_a_file_is_named_by_every_program(name, mini):
+    folder = mini / "out" / "mini" / "seed0"
+    shutil.move(folder / name, mini / "away")
+    said = f"out/mini/seed0 is no whole world, it has no {name}: remove out/mini/seed0, and it is"
+    starts = [
+        (train_ganpo.main, []), (reward_model.main, []), (train_apo.main, []),
+        (eval_alpaca.main, ["--model=away"]),
+    ]  # fmt: skip
+    for main, argv in starts if name == "world.json" else starts[:1]:
+        with pytest.raises(SystemExit, match=f": {said} built anew$"):
+            main(argv)
+    shutil.move(mini / "away", folder / name)
+    text = (folder / "world.json").read_text()
+    (folder / "world.json").write_text(text[:-9])
+    with pytest.raises(SystemExit, match="world.json is damaged: remove out/mini/seed0, and it is"):
+        world.main([])
+
+
+def test_damaged_rows_of_a_world_are_named_before_a_run(mini):
+    folder = mini / "out" / "mini" / "seed0"
+    prompts = lines_of(folder / "prompts.jsonl")
+    write_lines(folder / "prompts.jsonl", [*prompts, {"prompt": "Go."}])
+    said = "out/mini/seed0 is damaged .remove .* built anew.: out/mini/seed0/prompts.jsonl: row "
+    with pytest.raises(SystemExit, match=f"^train_ganpo.py: {said}{len(prompts)} is no prompt"):
+        train_ganpo.main(["--max_steps=1"])
+    write_lines(folder / "prompts.jsonl", prompts)
+    write_lines(folder / "train.jsonl", [{"prompt": "Go."}])
+    with pytest.raises(SystemExit, match="train.jsonl is damaged: there is no 'family'"):
+        world.main(["show"])
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (dict(args=[1]), r"its solution 'tac' and args \[1\] do not agree"),
+        (dict(args=7), "its solution 'tac' and args 7 do not agree"),
+        (dict(family="describe"), "its solution 'tac' and args .* do not agree"),
+        (dict(family="describe", args=[2]), r"its solution 'tac' and args \[2\] do not agree"),
+        (dict(family="riddle"), "'riddle' is none of its families of tasks"),
+        (dict(family=["reverse"]), "it has no text as family"),
+        (dict(solution=None), "it has no text as solution"),
+        (dict(prompt=3), "it has no text as prompt"),
+        (None, "it has no text as family"),
+    ],
+)
+def test_a_damaged_exam_is_refused_with_row_and_reason(change, reason, tmp_path):
+    """The judge has to find the row's own solution right."""
+    good = {"family": "reverse", "prompt": "Reverse the word cat.", "solution": "tac"}
+    file = write_lines(tmp_path / "exam.jsonl", [good, change and good | change])
+    with pytest.raises(
+        InputError, match=f"exam.jsonl: row 1 is no prompt of the minia.*: {reason}"
+    ):
+        world.read_tasks(file)
+    file = write_lines(tmp_path / "exam.jsonl", [good | {"args": []}, good | {"note": "x"}])
+    with pytest.raises(InputError, match="row 1 is more than a prompt: it also has note"):
+        world.read_tasks(file)
 
 
 def test_show_prints_ten_pairs_with_scores(small, capsys):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import train_ganpo
+from data import InputError
 from helpers import build_small_worlds, read_csv
 from miniature import reproduce
 from miniature.reproduce import CELLS, QUICK, flags_of, run_cell
@@ -50,6 +51,26 @@ def test_a_target_whose_cells_have_no_accuracy_is_not_measured():
 
     assert [row[-2:] for row in targets(grid(np.nan))] == [("-", "not measured")] * 6
     assert [row[-1] for row in targets(grid(50.0))].count("met") == 4  # those of at most 0
+
+
+def test_a_damaged_record_of_a_cell_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = reproduce.ROOT / "seed10" / "mild/dpo" / "done.json"
+    path.parent.mkdir(parents=True)
+    for damage in ("{", "[1]"):
+        path.write_text(damage)
+        with pytest.raises(InputError, match="done.json is damaged: remove it"):
+            reproduce.finished(10, "mild/dpo")
+
+
+@pytest.mark.parametrize("name", ["reference/eval-mini/results.json", "apo/run/rounds.csv"])
+def test_damaged_results_of_a_cell_are_named(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = reproduce.ROOT / "seed10" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("{\n1\n")
+    with pytest.raises(InputError, match=f"seed10/{name.split('/')[0]} is damaged .remove it, and"):
+        Grid([10], [], apo="apo" in name)
 
 
 def test_a_cell_that_fails_is_named_and_cells_that_wait_are_cancelled(

@@ -209,6 +209,17 @@ def test_what_cannot_be_followed_is_one_line(folder, tmp_path, curves, monkeypat
     monkeypatch.delenv("WANDB_MODE")
     assert "--to wandb: division by zero" in refused(folder, "--to=wandb")
     write(folder, [1], ["high"])
-    assert "metrics.csv: could not convert" in refused(folder, "--to=tensorboard", "--once")
+    assert "metrics.csv is damaged: could not convert" in refused(
+        folder, "--to=tensorboard", "--once"
+    )
     Path(folder / "metrics.csv").write_text("loss\n1\n")
-    assert "metrics.csv: there is no 'step'" in refused(folder, "--to=tensorboard", "--once")
+    assert "metrics.csv is damaged: there is no 'step'" in refused(
+        folder, "--to=tensorboard", "--once"
+    )
+    for text in ("step,loss\n1\n2,0.5\n", "step,loss\n1,0.5,7\n"):
+        Path(folder / "metrics.csv").write_text(text)
+        few = "metrics.csv is damaged: row 0 has more or fewer values than there are columns"
+        assert few in refused(folder, "--to=tensorboard", "--once")
+    Path(folder / "eval.csv").write_bytes(b"step,loss\n\xff\n")
+    Path(folder / "metrics.csv").unlink()
+    assert "eval.csv is damaged: 'utf-8' codec" in refused(folder, "--to=tensorboard", "--once")

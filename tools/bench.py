@@ -52,7 +52,7 @@ import paired
 import report
 import settings
 import train_ganpo
-from data import InputError, Triplet, json_lines
+from data import InputError, Triplet, input_error_for, json_lines
 from flags import DTYPES, Parser, command_line, count, natural, refuse
 from generate import quiet
 from packing import Survey, pack, survey, tokens_in
@@ -116,15 +116,13 @@ def make_workload(folder: Path, shape: str, pairs: int):
 
 def read_workload(folder: Path, pairs: int) -> list[Triplet]:
     """Returns the first pairs of a workload. Raises InputError if it has fewer."""
-    try:
+    with input_error_for(f"{folder}: no workload"):
         lines = (folder / "pairs.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines[:pairs]]
         triplets = [
             Triplet(*(np.array(row[k], dtype=np.int32) for k in NAMES), i)
             for i, row in enumerate(rows)
         ]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: no workload: {error}") from None
     if len(triplets) < pairs:
         raise InputError(f"{folder}: {len(triplets)} pairs, {pairs} needed")
     return triplets
@@ -406,9 +404,8 @@ def last_object(command: list[str]) -> dict:
     except (IndexError, ValueError):
         found = None
     if not isinstance(found, dict):
-        raise InputError(
-            f"{shlex.join(command)} printed no JSON object in its last line: {done.stderr[-300:]}"
-        )
+        said = " ".join(done.stderr[-300:].split())
+        raise InputError(f"{shlex.join(command)} printed no JSON object in its last line: {said}")
     return found
 
 
@@ -435,7 +432,8 @@ def run_here(args, flags: list[str], folder: Path) -> dict:
         workload = folder
     triplets = read_workload(workload, pairs)
     steps = [triplets[i : i + args.batch_size] for i in range(0, pairs, args.batch_size)]
-    config, model_dir = AutoConfig.from_pretrained(workload), str(folder / "model")
+    with input_error_for(f"{workload}: no workload"):
+        config, model_dir = AutoConfig.from_pretrained(workload), str(folder / "model")
     config.save_pretrained(model_dir)
     given = [f"--model={model_dir}", f"--batch_size={args.batch_size}", "--lambda_adv=0"]
     train_args = settings.parse_args([*given, "--max_length=2048", *flags])

@@ -45,12 +45,21 @@ class Checks:
             names, settings = row.get("instruction_id_list"), row.get("kwargs")
             if not isinstance(names, list) or not isinstance(settings, list):
                 raise ValueError("prompts need instruction_id_list and kwargs")
-            if len(names) != len(settings) or {*names} - {*instructions_registry.INSTRUCTION_DICT}:
+            known = [*instructions_registry.INSTRUCTION_DICT]
+            if len(names) != len(settings) or any(name not in known for name in names):
                 raise ValueError(f"prompt {i} has checks that lm_eval does not know: {names}")
-            for name in {*names} - {*self.skipped}:
+            for place, name in enumerate(names):
+                if name in self.skipped:
+                    continue
                 try:
-                    self.passed(row, "A text. And more.", "strict", [names.index(name)])
-                except LookupError as error:  # nltk's
+                    self.passed(row, "A text. And more.", "strict", [place])
+                except Exception as error:  # of many kinds
+                    if (
+                        type(error) is not LookupError
+                    ):  # which says that nltk's own data are missing
+                        raise ValueError(
+                            f"prompt {i}: {name} refuses its kwargs: {error}"
+                        ) from None
                     self.skipped[name] = " ".join(str(error).strip("*\n ").split())[:60]
 
     def __call__(self, row: dict, text: str) -> dict[str, list[bool]]:
@@ -89,15 +98,17 @@ def accuracies(found: list[dict]) -> dict[str, tuple[float, float]]:
 
 def read_rows(path: str, keys: tuple[str, ...]) -> list[dict]:
     """Returns the rows of a .json list or .jsonl file; raises ValueError unless all have keys."""
-    text = Path(path).read_text(encoding="utf-8")
     try:
+        text = Path(path).read_text(encoding="utf-8-sig")
         rows = json.loads(text) if text.lstrip()[:1] == "[" else None
         rows = rows or [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     for i, row in enumerate(rows):
         if missing := [k for k in keys if not isinstance(row, dict) or k not in row]:
             raise ValueError(f"{path}: row {i} has no {missing[0]}")
+        if not isinstance(row[keys[0]], str):
+            raise ValueError(f"{path}: row {i} has no text as {keys[0]}")
     if not rows:
         raise ValueError(f"{path}: no rows")
     return rows
@@ -120,9 +131,10 @@ def read_prompts(name: str) -> list[dict]:
 
 def answers_to(prompts: list[dict], path: str) -> list[str]:
     """Returns the answers of a file, one to each prompt; raises ValueError unless all are there."""
-    found = {
-        row["instruction"]: row["output"] for row in read_rows(path, ("instruction", "output"))
-    }
+    rows = read_rows(path, ("instruction", "output"))
+    found = {row["instruction"]: row["output"] for row in rows}
+    if len(found) < len(rows):
+        raise ValueError(f"{path}: {len(rows) - len(found)} instructions occur twice")
     texts = [found.get(row["prompt"]) for row in prompts]
     if bad := sum(not isinstance(text, str) for text in texts):
         raise ValueError(f"{path}: {bad} of {len(prompts)} prompts have no answer")

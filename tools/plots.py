@@ -17,7 +17,6 @@ miniature/results.py draws two more, regimes and frontier.
 
 import cpu  # noqa: F401  must come before torch
 
-import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +29,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from data import InputError, read_rows
+from data import InputError, input_error_for, read_rows
 from flags import Parser, at_least_0
 from report import read_config, read_table
 from winrate import standard_error
@@ -45,6 +44,8 @@ STYLES = [
     dict(color="#CC79A7", linestyle="-", marker="v"),
     dict(color="#E69F00", linestyle="--", marker="P"),
 ]
+OF_RESULTS = "temperature n win_rate win_rate_se strict_acc strict_acc_se".split()
+OF_SCORES = "temperature length win score".split()
 NEUTRAL = dict(color="0.5", linewidth=1, zorder=0)
 OUT_OF_DISTRIBUTION = (1.5, 2.0)  # Fig 4's temperatures
 
@@ -63,13 +64,15 @@ class Run(NamedTuple):
 def read_run(folder: Path, style: dict) -> Run:
     """Returns the run in a folder.
 
-    Raises InputError if the folder holds nothing to draw, or several evaluations.
+    Raises InputError if the folder holds nothing to draw, several evaluations, or damaged files.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     config, metrics = read_config(folder) or {}, []
     if (folder / "metrics.csv").is_file():
         metrics = read_table(folder / "metrics.csv")
+        if not metrics or not config:
+            raise InputError(f"{folder}: metrics.csv has no row, or config.json is not a run's")
     found = sorted(folder.glob("eval-*/results.json")) or sorted(folder.glob("results.json"))
     if len(found) > 1:
         names = ", ".join(f.parent.name for f in found)
@@ -78,17 +81,26 @@ def read_run(folder: Path, style: dict) -> Run:
         raise InputError(f"{folder}: neither metrics.csv nor results.json")
     results, scores = [], []
     for file in found:
-        results = json.loads(file.read_text())
-        scores = read_rows(str(file.parent / "scores.jsonl"), "train")
-    # published annotations have no temperature
-    results, scores = (
-        [row for row in rows if row.get("temperature") is not None] for rows in (results, scores)
-    )
+        results = read_numbers(file, OF_RESULTS)
+        scores = read_numbers(file.with_name("scores.jsonl"), OF_SCORES)
     if not metrics and not results:
         raise InputError(f"{folder}: no results with a temperature, so there is nothing to draw")
     if not config and folder.name.startswith("eval-"):
         config = read_config(folder.parent) or {}
     return Run(name_of(config) or folder.name, style, config.get("loss"), metrics, results, scores)
+
+
+def read_numbers(file: Path, columns: list[str]) -> list[dict]:
+    """Returns the rows of results.json or scores.jsonl that have a temperature, as those about
+    published annotations have not; raises InputError if columns are no numbers and not null."""
+    rows = read_rows(str(file), "train")
+    with input_error_for(f"{file} is damaged"):
+        rows = [row for row in rows if row.get("temperature") is not None]
+        rows = [{"score": None} | row for row in rows]  # which some judges do not give
+        for i, row in enumerate(rows):
+            if bad := [k for k in columns if not isinstance(row[k], int | float | None)]:
+                raise InputError(f"row {i} has no number as {bad[0]}")
+    return rows
 
 
 def name_of(config: dict) -> str | None:
@@ -149,7 +161,7 @@ def judge_of(runs: list[Run]) -> str:
     """Returns the judges of the runs and the numbers of their prompts, as a title."""
     rows = [row for r in runs for row in r.results]
     n = sorted({row["n"] for row in rows})
-    judges = ", ".join(sorted({row["judge"] for row in rows}))
+    judges = ", ".join(sorted({str(row["judge"]) for row in rows}))
     return f"judge {judges}, n = {' to '.join(map(str, {n[0], n[-1]}))}"
 
 
@@ -159,18 +171,23 @@ def critic(runs: list[Run], args):
     Draws the first run whose answers the discriminator has scored at high temperature.
     """
     keys = [("critic_pos", "discriminator's score"), ("reward", "reward model's score")]
+
+    def pairs(run, key, t):
+        rows = [s for s in run.scores if s["temperature"] == t and s.get("sample", 0) == 0]
+        pairs = [(s.get(key), s["score"]) for s in rows]
+        return [pair for pair in pairs if None not in pair]
+
     for run in runs:
-        have = [k for k in keys if any(k[0] in row for row in run.scores)]
-        temperatures = sorted({row["temperature"] for row in run.scores} & set(OUT_OF_DISTRIBUTION))
-        if "critic_pos" in dict(have) and temperatures:
+        temperatures = [t for t in OUT_OF_DISTRIBUTION if pairs(run, "critic_pos", t)]
+        have = [k for k in keys if all(pairs(run, k[0], t) for t in temperatures)]
+        if temperatures:
             break
     else:
         return None
     figure, axes = canvas(len(temperatures), len(have), sharey=True)
     for row_of_axes, t in zip(axes, temperatures, strict=True):
         for ax, (key, title) in zip(row_of_axes, have, strict=True):
-            rows = [s for s in run.scores if s["temperature"] == t and s.get("sample", 0) == 0]
-            x, y = np.array([(s[key], s["score"]) for s in rows]).T
+            x, y = np.array(pairs(run, key, t)).T
             r, low, high = pearson(x, y)
             ax.plot(x, y, ".", color="#0072B2", markersize=3, alpha=0.4)
             ax.set(xlabel=title, ylabel="judge's score")
@@ -338,8 +355,10 @@ FIGURES = {f.__name__: f for f in (temperature, critic, length, margin, health)}
 
 
 def save(figure, path: Path):
-    """Writes a figure as a png file and closes it."""
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    """Writes a whole figure as a png file and closes it."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    figure.savefig(unfinished, format="png", dpi=150, metadata={"Software": None})
+    unfinished.rename(path)
     plt.close(figure)
 
 
@@ -356,10 +375,12 @@ def main(argv: list[str] | None = None):
     """Runs the program with a command line, by default that of the process."""
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
-        runs = read_runs(args.runs)
+        runs, figures = read_runs(args.runs), {}
+        for name, draw in FIGURES.items():  # all, before the first is written
+            with input_error_for(f"{name}: cannot be drawn"):
+                figures[name] = draw(runs, args)
         Path(args.out).mkdir(parents=True, exist_ok=True)
-        for name, draw in FIGURES.items():
-            figure = draw(runs, args)
+        for name, figure in figures.items():
             if figure is None:
                 print(f"{name}: these runs have nothing to draw")
                 continue

@@ -14,9 +14,7 @@ program starts.
 
 import cpu  # noqa: F401  must come before torch
 
-import csv
 import hashlib
-import io
 import os
 import shutil
 import sys
@@ -24,9 +22,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from data import InputError, input_error_for, reason_of
+from data import InputError, reason_of
 from flags import Parser
-from report import read_config
+from report import read_config, read_table
 
 TABLES = {"train": "metrics.csv", "eval": "eval.csv"}
 PROJECT = "ganpo"
@@ -114,16 +112,16 @@ def open_curves(run: Path, to: str) -> tuple[Callable, Callable]:
 
 
 def read_rows(run: Path) -> dict[tuple, dict[str, float]]:
-    """Returns the values of all whole rows, {name: value} by step and table, in this order."""
+    """Returns the values of all whole rows, {name: value} by step and table, in this order.
+
+    Raises InputError if a table is damaged.
+    """
     found = {}
     for i, (table, file) in enumerate(TABLES.items()):
         path = run / file
-        text = path.read_text() if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]  # the last row may just be written
-        with input_error_for(str(path)):
-            for row in csv.DictReader(io.StringIO(whole)):
-                step = int(row.pop("step"))
-                found[step, i] = {f"{table}/{k}": float(v) for k, v in row.items() if v}
+        for row in read_table(path) if path.exists() else []:
+            step = row.pop("step")
+            found[step, i] = {f"{table}/{k}": v for k, v in row.items()}
     return dict(sorted(found.items()))
 
 
