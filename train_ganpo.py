@@ -81,6 +81,7 @@ from losses import (
 from packing import Packed, Survey, batch_indices, pack, plan_forwards, survey, tokens_in
 from policy import (
     at_least_fp32,
+    has_tokenizer,
     least_memory,
     load_lm,
     memory_line,
@@ -336,7 +337,7 @@ def check_input(args, device: torch.device):
         raise InputError(f"hidden size of the policy {sizes}: their latents cannot be compared")
     data, held_out = load_data(args, tokenizer, args.max_length, print0, args.eval_every > 0)
     if args.ref_model != args.model and needs_reference(args):
-        check_tokens(data, tokenizer, read_tokenizer(args.ref_model, flag="--ref_model"))
+        check_tokens(args, data, tokenizer, config.vocab_size, ref_config.vocab_size)
     largest = max(int(ids.max()) for t in data.triplets for ids in t[:3])
     limit = min(config.vocab_size, ref_config.vocab_size)
     if largest >= limit:
@@ -346,8 +347,17 @@ def check_input(args, device: torch.device):
     return tokenizer, config, data, held_out
 
 
-def check_tokens(data: PreferenceData, tokenizer, other):
-    """Raises InputError if a token of the data is another one to the reference's tokenizer."""
+def check_tokens(args, data: PreferenceData, tokenizer, size: int, ref_size: int):
+    """Raises InputError if a token of the data is another one to the reference's tokenizer.
+
+    A reference without one is taken to have the policy's if both embeddings are as large.
+    """
+    if not has_tokenizer(args.ref_model):
+        missing = f"--ref_model {args.ref_model} has no tokenizer"
+        if size != ref_size:
+            raise InputError(f"{missing}, and its {ref_size} tokens are not --model's {size}")
+        return print0(f"{missing}: --model's is used")
+    other = read_tokenizer(args.ref_model, flag="--ref_model")
     used = sorted({int(i) for t in data.triplets for ids in t[:3] for i in np.unique(ids)})
     names = (x.convert_ids_to_tokens(used) for x in (tokenizer, other))
     for i, *both in zip(used, *names, strict=True):
@@ -358,7 +368,7 @@ def check_tokens(data: PreferenceData, tokenizer, other):
             )
 
 
-def plan(args, data: PreferenceData, device: torch.device) -> Survey:
+def plan(args, config: PretrainedConfig, data: PreferenceData, device: torch.device) -> Survey:
     """Returns the Survey of the first epoch; prints the memory that a rank needs at least.
 
     Raises InputError if less than that is available.
@@ -367,6 +377,8 @@ def plan(args, data: PreferenceData, device: torch.device) -> Survey:
     plans = survey(epoch, args, dist.get_world_size())
     # the forwards whose graphs are kept at once
     alive = plans.heaviest if trains_critics(args) else [plans.longest]
+    with torch.device("meta"):
+        critics = build_critics(args, config.hidden_size)
     needed = least_memory(
         args.model,
         args.ref_model if needs_reference(args) else None,
@@ -375,6 +387,7 @@ def plan(args, data: PreferenceData, device: torch.device) -> Survey:
         kept_tokens=sum(map(tokens_in, alive)),
         shards=distributed.sharing_ranks(),
         adapters=lora.adapters_of(args),
+        critics=sum(p.numel() for p in critics.parameters()) if critics else 0,
     )
     print0(memory_line(needed))
     refuse_what_cannot_fit(needed, distributed.available_memory(device))
@@ -567,7 +580,7 @@ def train(
     args.template_day = report.template_day(args)
     build_miniature(args, partial(check_input, device=device))
     tokenizer, config, data, held_out = check_input(args, device)
-    plans = plan(args, data, device)
+    plans = plan(args, config, data, device)
     out_dir = claim_out_dir(args, stack)
     args.out_dir = str(out_dir)
     max_steps = args.max_steps or data.steps(args.batch_size) * args.epochs
