@@ -563,7 +563,6 @@ def test_an_id_that_the_hub_does_not_give_is_one_line_in_a_moment(
     assert time.monotonic() - begin < 10
 
 
-@pytest.mark.parametrize("kind", ["model", "dataset"])
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 def test_a_cached_file_of_a_hub_id_is_checked_too(file, tiny_world, tmp_path, monkeypatch):
     repo = tmp_path / "models--some--model"
@@ -590,6 +589,7 @@ def test_older_and_newer_names_of_one_setting_may_stand_side_by_side(tiny_world,
                          "rope_parameters": {"rope_type": "default"}})  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["model", "dataset"])
 def test_the_hub_is_not_asked_for_what_is_cached_or_offline(kind, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("data.HfApi", Gone)
