@@ -6,8 +6,9 @@
     OUT_DIR/discriminators.pt    both critics with their running means, and how to build them
 
 A state is written under another name, synced to the disk and then renamed. It counts only with its
-manifest, which is written last and holds the size and SHA-256 of every file. Older states are
-removed only when the new one is complete. No file is a pickle except discriminators.pt, which is
+manifest, which is written last and holds the size and SHA-256 of every file and what the run's
+config.json says of data, models and settings. Older states are removed only when the new one is
+complete. No file is a pickle except discriminators.pt, which is
 read with weights_only. The weights that a run began with are known by a fingerprint, not by their
 path.
 
@@ -24,6 +25,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,11 +41,11 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 import lora
 import paired  # noqa: F401  it registers its critic, so that build_discriminator knows it
-from data import ChatEncoder, InputError, input_error_for
+from data import ChatEncoder, InputError, input_error_for, shortened
 from discriminator import build_discriminator
 from distributed import Trained, from_rank_0, print0
-from policy import WEIGHTS, generation_settings, weight_files
-from report import check_same, read_config
+from policy import WEIGHTS, first_names, generation_settings, weight_files
+from report import MAY_CHANGE_ON_RESUME, check_same, read_config
 
 MANIFEST = "manifest.json"
 FILE_BYTES = 2**32  # size of a state's files at which another begins; a file is held in memory
@@ -315,24 +317,49 @@ def state_bytes(trained: Trained) -> int:
 def save_state(out_dir: Path, step: int, keep: int, trained: Trained):
     """Writes state/step-NNNNNN, step being the number of finished steps, and keeps `keep` states.
 
-    Raises InputError if it cannot be written; the older states are then as they were.
+    Raises InputError if it cannot be written, and FloatingPointError if it is not finite; the older
+    states are then as they were.
     """
     folder = state_folder(out_dir, step)
     unfinished = folder.with_name("unfinished")
     from_rank_0(lambda: remove_unfinished(folder.parent), "state:")
+    tensors, ranks = state_tensors(trained), dist.get_world_size()
+    refuse_what_is_not_finite(tensors, f"step {step}: no state is written, because it would hold")
     try:
         check_space(out_dir, state_bytes(trained))
-        tensors, ranks = state_tensors(trained), dist.get_world_size()
         writer = HuggingFaceStorageWriter(  # it syncs its files
             str(unfinished), file_numbers(tensors, ranks), save_distributed=True
         )
         dcp.save(tensors, storage_writer=writer)
-        manifest = {"step": step, "ranks": ranks, "files": hash_files(unfinished)}
+        manifest = {"step": step, "ranks": ranks, "run": run_of(out_dir)}
+        manifest["files"] = hash_files(unfinished)
         from_rank_0(lambda: complete(unfinished, folder, manifest, keep), "state:")
     except (CheckpointException, InputError) as error:
         from_rank_0(lambda: remove_unfinished(folder.parent), "state:")
         reason = f"the state of step {step} could not be written: {cause_of(error)}"
         raise InputError(f"{reason}; older states are intact") from None
+
+
+def run_of(out_dir: Path) -> dict:
+    """Returns what tells the run of a folder, or of the folder in it, from any other one: what its
+    config.json says of data, models, settings and seed, and the folder's place in it."""
+    for folder in (out_dir, *out_dir.parents):
+        if config := read_config(folder):
+            told = {k: v for k, v in config.items() if k not in MAY_CHANGE_ON_RESUME}
+            return told | {"folder": str(out_dir.relative_to(folder))}
+    return {}
+
+
+def refuse_what_is_not_finite(tensors: dict[str, torch.Tensor], message: str):
+    """Raises FloatingPointError on every rank, which begins with `message`, if a rank's part of a
+    tensor holds a value that is not finite."""
+    parts = {k: getattr(x, "to_local", lambda x=x: x)() for k, x in tensors.items()}
+    parts = {k: x for k, x in parts.items() if x.is_floating_point() and x.numel()}
+    bad = {k for k, x in parts.items() if not torch.stack(x.aminmax()).isfinite().all()}
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, bad)
+    if bad := set().union(*everywhere):
+        raise FloatingPointError(f"{message} numbers that are not finite: {first_names(bad)}")
 
 
 def cause_of(error: Exception) -> str:
@@ -412,7 +439,8 @@ def read_manifest(folder: Path) -> dict | None:
 def newest_state(out_dir: Path) -> dict | None:
     """Returns the manifest of the newest state whose files are all as it says, or None.
 
-    Damaged states are named on the terminal and passed over.
+    Damaged states are named on the terminal and passed over. Raises InputError if that state is not
+    the run's own.
     """
 
     def candidates():
@@ -423,6 +451,7 @@ def newest_state(out_dir: Path) -> dict | None:
     for folder, manifest in from_rank_0(candidates, "state:"):
         found = hash_files(folder) if manifest else None
         if manifest and found == manifest["files"]:
+            from_rank_0(partial(check_owner, folder, manifest.get("run", {}), out_dir), "")
             return manifest
         damage = "no whole manifest"
         if manifest:
@@ -433,11 +462,29 @@ def newest_state(out_dir: Path) -> dict | None:
     return None
 
 
+def check_owner(folder: Path, noted: dict, out_dir: Path):
+    """Raises InputError if a state's folder was written by another run than out_dir's."""
+    own = run_of(out_dir)
+    others = [
+        f"{k} {noted.get(k)} in place of {own.get(k)}"
+        for k in sorted({*noted, *own})
+        if noted.get(k) != own.get(k)
+    ]
+    if not noted:
+        others = ["it does not say of which one"]
+    if others:
+        raise InputError(
+            f"{folder} is the state of another run: {shortened('; '.join(others))}; remove it, or"
+            " pass the --out_dir that it is of"
+        )
+
+
 def load_state(out_dir: Path, manifest: dict, trained: Trained):
     """Restores everything that save_state saved.
 
     Any number of ranks may have written the state. A rank that did not exist then has no state of a
-    random generator to restore.
+    random generator to restore. Raises InputError if it is that of another model, and
+    FloatingPointError if it holds what is not finite.
     """
     policy, optimizer, critics, critic_optimizer = trained
     get_optimizer_state_dict(policy, optimizer)  # creates the moments, to load into
@@ -451,6 +498,7 @@ def load_state(out_dir: Path, manifest: dict, trained: Trained):
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
     except CheckpointException:  # pages of names and shapes
         raise InputError(f"{folder} is the state of another model, or of other critics") from None
+    refuse_what_is_not_finite(tensors, f"{folder}: remove it, because it holds")
     if f"rng.{rank}" in tensors:
         torch.set_rng_state(tensors[f"rng.{rank}"])
     if f"cuda_rng.{rank}" in tensors:
@@ -469,7 +517,9 @@ def export_policy(policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, f
     or not at all.
     """
     weights, unfinished = {}, folder.with_name(".hf.unfinished")
-    for name, value in policy.model.state_dict().items():
+    parts = policy.model.state_dict()
+    refuse_what_is_not_finite(parts, "the policy is not exported, because it holds")
+    for name, value in parts.items():
         value = value.full_tensor() if hasattr(value, "full_tensor") else value  # collective
         if dist.get_rank() == 0:
             weights[name] = value.cpu()

@@ -11,6 +11,7 @@ does the work and the others read its result.
 
 import cpu
 
+import codecs
 import fcntl
 import gzip
 import hashlib
@@ -18,10 +19,11 @@ import io
 import json
 import pickle
 import re
+import signal
 import tempfile
 import time
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
@@ -45,6 +47,9 @@ ACCEPTED = (
 )
 FILE_NAME = re.compile(r"\.(jsonl|json|parquet)(\.gz)?$")
 LONGEST = 1000  # characters of an exception, or of names, that are shown
+LONGEST_ROW = 10**8  # bytes of a line of JSON
+LONGEST_TEXT = 5 * 10**6  # characters of a text; the tokens of more would fill the memory
+TEMPLATE_SECONDS = 10  # in which a chat template writes a conversation
 MERGED = 2  # tokens of a prompt that may merge with an answer's first characters
 MANY = 10_000  # rows from which on several processes tokenise them and the ids are kept
 PIECE = 1000  # of these rows, read or sent to another process at once
@@ -70,6 +75,18 @@ class Unusable(RowFault):
 
 class TemplateError(Exception):
     """What a chat template raises, or what is wrong with it."""
+
+
+def once_each(pairs: list[tuple]) -> dict:
+    """Returns an object of JSON as a dict; raises InputError if a key stands in it twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = Counter(key for key, _ in pairs)
+        raise InputError(f"{names(keys - Counter([*found]))} is given twice")
+    return found
+
+
+JSON = json.JSONDecoder(object_pairs_hook=once_each)  # json alone takes the last of two values
 
 
 class Triplet(NamedTuple):
@@ -168,46 +185,56 @@ def read_rows(source: str, split: str, config: str | None = None) -> Sequence[di
     if not path.exists() and (kind or is_local(source)):
         raise InputError(f"{source}: no such file")
     if not path.is_file():
+        # pyarrow takes the last of two values in a message, and does not survive deep brackets
+        for file in sorted(path.rglob("*.jsonl*")):
+            deque(parse_json(file), maxlen=0)
         return read_with_datasets(source, split, config)
     if config:
         raise InputError(f"--dataset_config {config}: {source} is one file, which has no configs")
     if split != "train":
         raise InputError(f"{source}: no split {split!r}; a single file has one, 'train'")
-    try:
-        raw = gzip.decompress(path.read_bytes()) if kind[2] else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{source}: cannot be read: {error}") from None
-    return parse_parquet(source, raw) if kind[1] == "parquet" else parse_json(source, raw)
+    return parse_parquet(path) if kind[1] == "parquet" else [*parse_json(path)]
 
 
-def parse_parquet(source: str, raw: bytes) -> list[dict]:
+def opened(path: Path):
+    """Returns an open file to read bytes from, unpacked where its name ends with .gz."""
+    return (gzip.open if path.suffix == ".gz" else open)(path, "rb")
+
+
+def parse_parquet(path: Path) -> list[dict]:
     import pyarrow  # comes with datasets; takes a second to import, so only where it is needed
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(io.BytesIO(raw)).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{source}: not a whole parquet file: {reason_of(error)}") from None
+        with opened(path) as file:
+            return pyarrow.parquet.read_table(io.BytesIO(file.read())).to_pylist()
+    except (pyarrow.ArrowException, OSError, EOFError, ValueError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read as parquet: {reason_of(error)}") from None
 
 
-def parse_json(source: str, raw: bytes) -> list:
-    """Returns the rows of a JSON list, or of a text with one row of JSON in each line."""
-    where = source
+def parse_json(path: Path) -> Iterator:
+    """Yields the rows of a file: those of a JSON list, or one row of JSON in each line."""
+    where = path
     try:
-        text = raw.decode("utf-8-sig")  # without a byte-order mark
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):
-            where = f"{source}, line {number}"
-            if line.strip():
-                rows.append(json.loads(line))
+        with opened(path) as file:
+            if file.peek(1).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+                yield from JSON.decode(file.read().decode("utf-8-sig"))
+                return
+            for number, line in enumerate(iter(partial(file.readline, LONGEST_ROW + 1), b""), 1):
+                where = f"{path}, line {number}"
+                if len(line) > LONGEST_ROW:
+                    raise InputError(f"longer than a row may be, {LONGEST_ROW:,} bytes")
+                if (text := line.decode("utf-8-sig" if number == 1 else "utf-8")).strip():
+                    yield JSON.decode(text)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
     except RecursionError:
         raise InputError(f"{where}: too many brackets within brackets") from None
     except ValueError as error:  # of decoding or of JSON
         form = "rows of JSON in UTF-8, one in each line or all in one list"
         raise InputError(f"{where}: not {form}: {error}") from None
-    return rows
 
 
 def json_lines(rows: Iterable[dict]) -> str:
@@ -611,7 +638,20 @@ def find_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
         text = Path(name).read_text("utf-8-sig")
         if not text.strip():
             raise InputError("the file is empty")
+        if is_json(text):
+            raise InputError(
+                "it is JSON, no template: pass a file with the template alone, as text"
+            )
     return text
+
+
+def is_json(text: str) -> bool:
+    """Returns whether a text is JSON."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 DAY_CODES = "%F %D %T %R %-d %-m %e %d %m %y %Y %b %B %a %A %j %x %X %c %H %I %M %S %p".split()
@@ -630,6 +670,22 @@ def on_day(template: str, day: str) -> str:
         f"{{% if '%' in text %}}{{{{ {unknown} }}}}{{% endif %}}{{{{ text }}}}{{% endmacro %}}"
         f"\n{template}"
     )
+
+
+@contextmanager
+def at_most(seconds: float):
+    """Raises InputError in a `with` block that writes a conversation and takes longer."""
+
+    def end(*_):
+        raise InputError(f"the chat template takes over {seconds:g} seconds for one conversation")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class ChatEncoder:
@@ -674,12 +730,18 @@ class ChatEncoder:
     def render(self, messages: list[dict], generation_prompt: bool = False) -> str:
         """Returns the text of messages, with generation_prompt followed by the assistant header."""
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, chat_template=self.chat_template, tokenize=False,
-                add_generation_prompt=generation_prompt,
-            )  # fmt: skip
+            with at_most(TEMPLATE_SECONDS):
+                text = self.tokenizer.apply_chat_template(
+                    messages, chat_template=self.chat_template, tokenize=False,
+                    add_generation_prompt=generation_prompt,
+                )  # fmt: skip
+        except InputError:
+            raise
         except Exception as error:  # a template is code: it may raise anything
             raise TemplateError(reason_of(error)) from None
+        if len(text) > 2 * LONGEST_TEXT:
+            raise TemplateError(f"it writes a text of {len(text):,} characters")
+        return text
 
     def template(self, messages: list[dict], generation_prompt: bool = False) -> list[int]:
         """Returns the ids of messages, with generation_prompt followed by the assistant header."""
@@ -827,6 +889,8 @@ class ChatEncoder:
                 raise RowFault("literal special token")
             if half_a_character(text):
                 raise RowFault("half a character")
+            if len(text) > LONGEST_TEXT:
+                raise TooLong(f"a text of over {LONGEST_TEXT:,} characters")
         try:
             prompt = self.prompt_ids(messages)
             encoded = [self.answer_and_text(messages, text) for text in (chosen, rejected)]
@@ -859,7 +923,11 @@ class ChatEncoder:
         notes["unknown characters"] += not unknown.isdisjoint([*prompt, *chosen, *rejected])
         notes["truncated"] += max(map(len, answers)) > max_length
         notes["system turn folded"] += self.folds_system and messages[0]["role"] == "system"
-        ids = (np.array(ids, dtype=np.int32) for ids in (prompt[:n], chosen, rejected))
+        try:
+            ids = [np.array(ids, dtype=np.int32) for ids in (prompt[:n], chosen, rejected)]
+        except OverflowError:
+            most = max(map(max, answers))
+            raise InputError(f"the tokenizer gives token id {most}, which no model has") from None
         return Triplet(*ids, row)
 
 
@@ -1071,10 +1139,14 @@ def load_data(
         raise InputError(f"{args.dataset}: {fewer}: {data.summary()}")
     if evaluates:
         name = args.eval_split
-        if "/" in name or FILE_NAME.search(name) or Path(name).is_file():
+        if "/" in name or FILE_NAME.search(name):
             held_out = load(name, "train")
         else:
-            held_out = load(args.dataset, name, config=args.dataset_config)
+            try:
+                held_out = load(args.dataset, name, config=args.dataset_config)
+            except InputError as error:
+                here = f"; what lies here is --eval_split ./{name}" if Path(name).exists() else ""
+                raise InputError(f"{error}{here}") from None
         if not held_out.triplets:
             raise InputError(f"--eval_split {name}: no pair is left: {held_out.summary()}")
     args.template_day = data.day

@@ -46,6 +46,8 @@ class Discriminator(nn.Module):
         The order matters: a spectral norm keeps a copy of the weight, so drawing the weights after
         it would have no effect.
         """
+        if self.ema.is_meta:  # without values; its parameters are only counted
+            return
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

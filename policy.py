@@ -33,8 +33,12 @@ from transformers import (
     GenerationConfig,
     PretrainedConfig,
 )
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import (
+    CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -46,7 +50,7 @@ from transformers.utils import (
 
 import attention
 from attention_gpu import compiled
-from data import InputError, find_template, hub_check, input_error_for, is_local, reason_of
+from data import JSON, InputError, find_template, hub_check, input_error_for, is_local, reason_of
 from packing import Packed
 
 # The head works in chunks of rows, so that the logits do not fill the memory: the least number of
@@ -251,6 +255,7 @@ MERGE = (
 )
 # constants that older versions of transformers wrote beside the weights, as GPT-2's masks
 OLD_BUFFERS = ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias"
+ACTIVATIONS = {"hidden_act", "hidden_activation", "activation_function"}
 NAMES_SHOWN = 3  # of the weights that are missing, say; the others are counted
 
 
@@ -382,13 +387,9 @@ def check_file(path: Path):
             weights = dict(torch.load(path, map_location="meta", weights_only=True))
             kinds = {name: getattr(x, "dtype", type(x)) for name, x in weights.items()}
         elif path.suffix == ".json":
-            content = json.loads(path.read_text("utf-8"))
-            if path.name == GENERATION_CONFIG_NAME:  # transformers would pass over a faulty one
-                stops = dict(content).get("eos_token_id")
-                if any(not isinstance(i, int) for i in as_list(stops)):
-                    reason = f"eos_token_id is {stops!r}, no token ids"
-            elif path.name in WEIGHTS:
-                dict(content["weight_map"])
+            check_json(path.name, JSON.decode(path.read_text("utf-8")))
+    except InputError as error:  # the file is whole
+        raise InputError(f"{path.name}: {error}") from None
     except pickle.UnpicklingError:  # its message advises to trust the file
         reason = "it holds Python objects, not tensors alone"
     except Exception as error:  # each library has kinds of its own
@@ -404,6 +405,42 @@ def check_file(path: Path):
             )
 
 
+def check_json(name: str, content: dict):
+    """Raises InputError if what a model's file of JSON holds would be passed over or would end in
+    an error that does not name it; any other exception if it is no file of that name."""
+    if name == GENERATION_CONFIG_NAME:
+        stops = dict(content).get("eos_token_id")
+        if any(not isinstance(i, int) for i in as_list(stops)):
+            raise InputError(f"eos_token_id is {stops!r}, no token ids")
+    elif name == TOKENIZER_CONFIG_FILE:
+        templates = dict(content).get("chat_template") or ""
+        named = templates if isinstance(templates, list) else [{"template": templates}]
+        if not all(isinstance(t, dict) and isinstance(t.get("template"), str) for t in named):
+            raise InputError(f"chat_template is {templates!r}, no text and no list of named texts")
+    elif name == CONFIG_NAME:
+        for part in (content, content.get("text_config") or {}):
+            check_angles(part)
+            for key in ACTIVATIONS & part.keys():
+                if part[key] is not None and str(part[key]) not in ACT2FN:
+                    raise InputError(f"{key} is {part[key]!r}, which transformers does not know")
+    elif name in WEIGHTS:
+        dict(content["weight_map"])
+
+
+def check_angles(config: dict):
+    """Raises InputError if a config.json gives a setting of the rotary positions two values: beside
+    the others, under rope_scaling (an older name) or rope_parameters. transformers takes one."""
+    said = {k: config[k] for k in ("rope_theta", "partial_rotary_factor") if k in config}
+    for name in ("rope_scaling", "rope_parameters"):
+        part = config.get(name) or {}
+        part = part.get("full_attention", part)  # some models have a set per type of layer
+        if "type" in part:
+            part = {"rope_type": part["type"]} | part
+        for key, value in part.items():
+            if value != said.setdefault(key, value):
+                raise InputError(f"{key} is {said[key]!r}, but {value!r} in {name}: remove one")
+
+
 def read_any_config(name: str, flag: str = "--model") -> PretrainedConfig:
     """Returns the config of a folder or Hub id of any family, before any weight is read.
 
@@ -416,11 +453,10 @@ def read_any_config(name: str, flag: str = "--model") -> PretrainedConfig:
             if is_local(name):
                 raise InputError("no such folder")
             hub_check(name, "model")
-            generation = cached_file(
-                name, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False
-            )
-            if generation:
-                check_file(Path(generation))
+            for file in (CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_CONFIG_FILE):
+                path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+                if path:
+                    check_file(Path(path))
         if find_adapter_config_file(name):
             raise InputError(f"holds an adapter, which is no whole model: {MERGE}")
         if folder.is_dir():
@@ -435,6 +471,12 @@ def read_any_config(name: str, flag: str = "--model") -> PretrainedConfig:
                 " was quantised, in float32, bfloat16 or float16"
             )
         positions_of(config)
+        encodes = config.is_encoder_decoder or config.model_type in MASKED
+        if encodes and flag != "--reward_model":
+            raise InputError(
+                f"model type {config.model_type!r} is not supported: an encoder writes no text;"
+                f" these can be trained: {', '.join(FAMILIES)}"
+            )
     return config
 
 
@@ -448,6 +490,12 @@ def read_model_config(name: str, max_length: int, flag: str = "--model") -> Pret
     with input_error_for(f"{flag} {name}"):
         check_config(config, max_length)
     return config.get_text_config()
+
+
+def has_tokenizer(name: str) -> bool:
+    """Returns whether a model's folder holds files of a tokenizer; a Hub id counts as if it did."""
+    kinds = "*token*", "vocab*", "merges*", "*.model", "*.tiktoken"
+    return not Path(name).is_dir() or any(any(Path(name).glob(kind)) for kind in kinds)
 
 
 def read_tokenizer(name: str, chat_template: str | None = None, flag: str = "--model"):
@@ -622,15 +670,17 @@ def least_memory(
     kept_tokens: int,
     shards: int,
     adapters: Callable | None = None,
+    critics: int = 0,
 ) -> dict[str, float]:
     """Returns a lower bound of one rank's memory in a step: a dict of part to bytes.
 
     name is the policy's folder or Hub id, ref_name the reference's or None. dtype is the precision
     of compute. kept_tokens is the number of tokens whose graphs are alive at once on one rank.
     shards is the number of ranks that share one copy of the weights. adapters is what
-    lora.adapters_of returns: they alone are trained, on every rank. No weight is read. A layer
-    keeps, per token, its input with checkpointing, and otherwise about ten vectors of the hidden
-    size (four beside frozen weights) and three of the feed-forward network's.
+    lora.adapters_of returns: they alone are trained, on every rank. critics is the number of the
+    critics' parameters, which every rank has whole. No weight is read. A layer keeps, per token,
+    its input with checkpointing, and otherwise about ten vectors of the hidden size (four beside
+    frozen weights) and three of the feed-forward network's.
     """
     config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
     size = dtype.itemsize
@@ -649,6 +699,7 @@ def least_memory(
     return parts | {
         "reference": size * parameters_of(ref_name) / shards if ref_name and not adapters else 0,
         "graphs": kept_tokens * config.num_hidden_layers * size * layer,
+        "critics": 4 * master * critics,
     }
 
 

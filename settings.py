@@ -16,7 +16,7 @@ import torch
 
 import paired
 from attention import LAYOUTS
-from data import InputError, input_error_for
+from data import JSON, InputError, input_error_for
 from discriminator import DISCRIMINATORS
 from distributed import from_rank_0, print0
 from flags import (
@@ -178,7 +178,7 @@ def flags_of_file(argv: list[str]) -> tuple[list[str], str | None]:
     if file is None:
         return words, None
     with input_error_for(f"--config {file}"):
-        held = json.loads(Path(file).read_text("utf-8-sig"), object_pairs_hook=once_each)
+        held = JSON.decode(Path(file).read_text("utf-8-sig"))
         if not isinstance(held, dict):
             raise InputError("no JSON object of flags")
         kinds = {a.dest: a.nargs for a in parser._actions if a.dest not in ("help", "config")}
@@ -199,13 +199,6 @@ def flags_of_file(argv: list[str]) -> tuple[list[str], str | None]:
             if not of_run or key not in OF_ITS_FOLDER and value != default:
                 words += of_key
     return words, day
-
-
-def once_each(pairs: list[tuple]) -> dict:
-    """Returns an object of JSON as a dict; raises InputError if a key stands in it twice."""
-    if twice := [k for k, _ in pairs if [name for name, _ in pairs].count(k) > 1]:
-        raise InputError(f"{twice[0]} is given twice")
-    return dict(pairs)
 
 
 def parse_args(argv: list[str]):

@@ -318,15 +318,24 @@ def check_input(args, device: torch.device):
         raise InputError(f"hidden size of the policy {sizes}: their latents cannot be compared")
     data, held_out = load_data(args, tokenizer, args.max_length, print0, args.eval_every > 0)
     if args.ref_model != args.model and needs_reference(args):
-        check_tokens(data, tokenizer, policy.read_tokenizer(args.ref_model, flag="--ref_model"))
+        check_tokens(args, data, tokenizer, config.vocab_size, ref_config.vocab_size)
     triplets = data.triplets + (held_out.triplets if held_out else [])
     for whose, c in (("--model", config), ("--ref_model", ref_config)):
         policy.check_token_ids((ids for t in triplets for ids in t[:3]), c, whose)
     return tokenizer, config, data, held_out
 
 
-def check_tokens(data: PreferenceData, tokenizer, other):
-    """Raises InputError if a token of the data is another one to the reference's tokenizer."""
+def check_tokens(args, data: PreferenceData, tokenizer, size: int, ref_size: int):
+    """Raises InputError if a token of the data is another one to the reference's tokenizer.
+
+    A reference without one is taken to have the policy's if both embeddings are as large.
+    """
+    if not policy.has_tokenizer(args.ref_model):
+        missing = f"--ref_model {args.ref_model} has no tokenizer"
+        if size != ref_size:
+            raise InputError(f"{missing}, and its {ref_size} tokens are not --model's {size}")
+        return print0(f"{missing}: --model's is used")
+    other = policy.read_tokenizer(args.ref_model, flag="--ref_model")
     used = sorted({int(i) for t in data.triplets for ids in t[:3] for i in np.unique(ids)})
     names = (x.convert_ids_to_tokens(used) for x in (tokenizer, other))
     for i, *both in zip(used, *names, strict=True):
@@ -337,7 +346,7 @@ def check_tokens(data: PreferenceData, tokenizer, other):
             )
 
 
-def plan(args, data: PreferenceData, device: torch.device) -> Survey:
+def plan(args, config: PretrainedConfig, data: PreferenceData, device: torch.device) -> Survey:
     """Returns the Survey of the first epoch; prints the memory that a rank needs at least.
 
     Raises InputError if less than that is available.
@@ -346,6 +355,8 @@ def plan(args, data: PreferenceData, device: torch.device) -> Survey:
     plans = survey(epoch, args, dist.get_world_size())
     # the forwards whose graphs are kept at once
     alive = plans.heaviest if trains_critics(args) else [plans.longest]
+    with torch.device("meta"):
+        critics = build_critics(args, config.hidden_size)
     needed = policy.least_memory(
         args.model,
         args.ref_model if needs_reference(args) else None,
@@ -354,6 +365,7 @@ def plan(args, data: PreferenceData, device: torch.device) -> Survey:
         kept_tokens=sum(map(tokens_in, alive)),
         shards=distributed.sharing_ranks(),
         adapters=lora.adapters_of(args),
+        critics=sum(p.numel() for p in critics.parameters()) if critics else 0,
     )
     print0(policy.memory_line(needed))
     policy.refuse_what_cannot_fit(needed, distributed.available_memory(device))
@@ -546,7 +558,7 @@ def train(
     args.template_day = report.template_day(args)
     build_miniature(args, partial(check_input, device=device))
     tokenizer, config, data, held_out = check_input(args, device)
-    plans = plan(args, data, device)
+    plans = plan(args, config, data, device)
     out_dir = checkpoint.claim_out_dir(args, stack)
     args.out_dir = str(out_dir)
     max_steps = args.max_steps or data.steps(args.batch_size) * args.epochs

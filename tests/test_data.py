@@ -19,8 +19,10 @@ import pickle
 import random
 import re
 import shutil
+import signal
 import tarfile
 import time
+import tracemalloc
 from collections import Counter
 from datetime import date
 from functools import partial
@@ -849,6 +851,34 @@ def test_a_template_that_cannot_be_rendered_is_refused(tmp_path):
         load(tmp_path, good(1), tiny("{% for m in messages %}"))
 
 
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+HOSTILE = {  # a template, and what is said of it
+    "{{ ''.__class__.__mro__ }}": "cannot be used: access to .*'__class__' of 'str' .* unsafe",
+    "{{ cycler.__init__.__globals__ }}": "cannot be used: access to attribute '__init__' of 'type'",
+    "{{ 'a' * 1001 }}": r"cannot be used: it writes a text of 1,0\d\d characters",
+    LOOP: "takes over 0.2 seconds for one conversation",
+    "{% if messages[0].content | length > 1 %}" + LOOP + "{% endif %}": "takes over 0.2 seconds",
+}
+
+
+@pytest.mark.parametrize("template", HOSTILE)
+def test_a_hostile_template_is_one_line(template, tmp_path, monkeypatch):
+    """Also one that loops for some rows only."""
+    monkeypatch.setattr(data, "TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr(data, "LONGEST_TEXT", 500)
+    before, begin = signal.getsignal(signal.SIGALRM), time.monotonic()
+    with pytest.raises(InputError, match=f"^the chat template {HOSTILE[template]}"):
+        load(tmp_path, good(2), tiny(template + CHAT))
+    assert time.monotonic() - begin < 5 and signal.getsignal(signal.SIGALRM) == before
+    time.sleep(0.25)  # no alarm is left
+
+
+def test_a_file_of_json_is_no_template(tmp_path):
+    (tmp_path / "t.json").write_text('{"chat_template": "{{ messages }}"}')
+    with pytest.raises(InputError, match="t.json: it is JSON.* pass a file"):
+        find_template(str(tmp_path / "t.json"), tiny())
+
+
 def test_a_row_that_the_template_refuses_or_does_not_show_is_dropped(tmp_path):
     """A template of single turns, and one that leaves an answer out."""
     single = "{% if messages | length > 2 %}{{ raise_exception('one turn') }}{% endif %}" + CHAT
@@ -1166,6 +1196,25 @@ def test_both_programs_hand_their_flags_to_the_pairs_and_the_held_out_ones(
         load_data(args, tiny(), 512, print, False)
 
 
+def test_a_held_out_split_is_one_of_the_data_set_and_what_lies_here_is_told(tmp_path, monkeypatch):
+    """A stray file or folder of its name is no reason to leave the split out."""
+    configs_folder(tmp_path / "two")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    argv = ["--dataset=two", "--dataset_config=a", "--batch_size=3"]
+    args = settings.parse_args([*argv, "--eval_split=test"])
+    (tmp_path / "test").write_text("nothing")
+    assert load_data(args, tiny(), 512, print, True)[1].n_rows > 0
+    args.eval_split = "held"
+    advice = "; what lies here is --eval_split ./held"
+    with pytest.raises(InputError) as caught:
+        load_data(args, tiny(), 512, print, True)
+    assert "no split 'held'" in str(caught.value) and advice not in str(caught.value)
+    (tmp_path / "held").mkdir()
+    with pytest.raises(InputError, match=f"no split 'held'.*{advice}$"):
+        load_data(args, tiny(), 512, print, True)
+
+
 def test_a_config_of_what_has_none_is_refused(tmp_path):
     from datasets import Dataset
 
@@ -1184,7 +1233,7 @@ UNUSABLE = {  # the file's bytes, and what the message must say beside its name
     "cut.jsonl.gz": (FILES["rows.jsonl.gz"][:-9], "cannot be read"),
     "not.jsonl.gz": (JSONL, "cannot be read"),
     "bad.jsonl.gz": (FILES["rows.jsonl.gz"][:20] + b"\xff" * 20, "cannot be read"),
-    "cut.parquet": (FILES["rows.parquet"][:-9], "not a whole parquet file"),
+    "cut.parquet": (FILES["rows.parquet"][:-9], "cannot be read as parquet"),
     "empty.jsonl": (b"\n", "no rows"),
     "empty.json": (b"[]", "no rows"),
     "rows.csv": (b"chosen,rejected", "not a .jsonl, .json or .parquet file"),
@@ -1194,6 +1243,10 @@ UNUSABLE = {  # the file's bytes, and what the message must say beside its name
     "lists.json": (b"[[1]]", "a list; accepted"),
     "deep.jsonl": (json.dumps(good(1)[0]).encode() + b"\n" + DEEP, "line 2: too many brackets"),
     "deep.json": (b"[" + DEEP + b"]", "too many brackets"),
+    "twice.jsonl": (b'{"a": 1}\n{"b": 1, "b": 1}', "line 2: b is given twice"),
+    "twice.json": (b'[{"a": [{"role": "user", "role": "user"}]}]', "role is given twice"),
+    "folder/train.jsonl": (DEEP, "line 1: too many brackets"),
+    "folder/data/train.jsonl": (b'{"a": {"b": 1, "b": 2}}', "line 1: b is given twice"),
     "number.jsonl": (b'{"a": ' + b"1" * 5000 + b"}", "line 1: not rows of JSON"),
     "long.jsonl": (b'{"' + b"a" * 5000 + b'": 1}', "aaa ...; accepted"),
     "surrogate.jsonl": (b'{"\\ud800": 1}', r"in \ud800; accepted"),
@@ -1204,8 +1257,44 @@ UNUSABLE = {  # the file's bytes, and what the message must say beside its name
 def test_an_unusable_file_is_one_line_saying_what_and_where(file, tmp_path):
     content, expected = UNUSABLE[file]
     if content is not None:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_bytes(content)
-    assert expected in error_of(tmp_path / file)
+    assert expected in error_of(tmp_path / file.split("/")[0])
+
+
+def test_a_column_of_parquet_with_two_values_of_a_key_is_one_line(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    column = pyarrow.StructArray.from_arrays([["a"], ["b"]], names=["content", "content"])
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": column}), tmp_path / "rows.parquet")
+    assert re.search("as parquet: .*duplicate field", error_of(tmp_path / "rows.parquet"))
+
+
+def test_a_row_or_a_text_beyond_all_bounds_does_not_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LONGEST_TEXT", 300)
+    pairs = load(tmp_path, [*good(100), row("q", "a" * 301, "b")])
+    assert pairs.dropped == {"a text of over 300 characters": 1} and len(pairs.triplets) == 100
+    monkeypatch.setattr(data, "LONGEST_ROW", 10**4)
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        file.write(json.dumps(good(1)[0]) + '\n{"prompt": "')
+        file.truncate(10**9)
+    tracemalloc.start()
+    assert "line 2: longer than a row may be, 10,000 bytes" in error_of(tmp_path / "rows.jsonl")
+    assert tracemalloc.get_traced_memory()[1] < 10**7
+    tracemalloc.stop()
+
+
+def test_a_token_id_that_no_model_has_is_one_line(tmp_path):
+    tokenizer = tiny.__wrapped__()
+    tokenizer.save_pretrained(tmp_path / "t")
+    file = tmp_path / "t" / "tokenizer.json"
+    content = json_of(file)
+    content["model"]["vocab"]["q"] = 4_000_000_000
+    file.write_text(json.dumps(content))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "t")
+    with pytest.raises(InputError, match="^the tokenizer gives token id 4000000000, which no"):
+        load(tmp_path, [row("q", "a", "b")], tokenizer)
 
 
 def test_a_data_set_that_cannot_be_fetched_is_one_line_with_the_cause(monkeypatch):

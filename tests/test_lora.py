@@ -341,6 +341,7 @@ def test_the_least_memory_of_lora_is_a_sum_that_can_be_done_by_hand(tiny_world):
         "adapters, moments, gradients": 16 * trained,  # in float32, whole on every rank
         "reference": 0,
         "graphs": 1000 * 3 * 2 * (4 * 32 + 3 * 48),
+        "critics": 0,
     }
 
 

@@ -381,8 +381,8 @@ def test_a_config_that_ties_two_different_embeddings_is_refused(tiny_world, tmp_
                 program.main(argv)
 
 
-def change_config(folder, **changes):
-    file = folder / "config.json"
+def change_config(folder, name="config.json", **changes):
+    file = folder / name
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
@@ -413,6 +413,7 @@ def adapter_alone(folder):
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
 
 
+TWO_BASES = {"rope_theta": 1, "rope_scaling": {"rope_theta": 2}}
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
 NOT_PLAIN = {
     "an adapter beside": (lambda f: (f / "adapter_config.json").write_text("{}"), "merge it first"),
@@ -466,7 +467,36 @@ NOT_PLAIN = {
     ),
     "a stop by name": (
         lambda f: (f / "generation_config.json").write_text('{"eos_token_id": "</s>"}'),
-        "generation_config.json is .*; eos_token_id is '</s>', no token ids",
+        "generation_config.json: eos_token_id is '</s>', no token ids",
+    ),
+    "two values of a key": (
+        lambda f: (f / "config.json").write_text(
+            (f / "config.json").read_text().replace("{", '{"hidden_act": "relu", ', 1)
+        ),
+        "config.json: hidden_act is given twice",
+    ),
+    "two bases of the angles": (
+        lambda f: change_config(f, rope_theta=77.0),
+        "config.json: rope_theta is 77.0, but 10000.0 in rope_parameters: remove one",
+    ),
+    "two scalings of positions": (
+        lambda f: change_config(f, rope_scaling={"type": "linear", "factor": 2.0}),
+        "config.json: rope_type is 'linear', but 'default' in rope_parameters: remove one",
+    ),
+    "two bases in the text part": (
+        lambda f: change_config(f, text_config=TWO_BASES), "rope_theta is 1, but 2 in rope_scaling",
+    ),
+    "an unknown activation": (
+        lambda f: change_config(f, hidden_act="foo"),
+        "config.json: hidden_act is 'foo', which transformers does not know",
+    ),
+    "a template that is a number": (
+        lambda f: change_config(f, "tokenizer_config.json", chat_template=5),
+        "tokenizer_config.json: chat_template is 5, no text and no list of named texts",
+    ),
+    "templates that are none": (
+        lambda f: change_config(f, "tokenizer_config.json", chat_template=[{"name": "default"}]),
+        "tokenizer_config.json: chat_template is .*'default'.*, no text and no list of named texts",
     ),
     "cut settings": (
         lambda f: (f / "generation_config.json").write_text('{"eos_token_id": [1,'),
@@ -531,6 +561,32 @@ def test_an_id_that_the_hub_does_not_give_is_one_line_in_a_moment(
     with pytest.raises(SystemExit, match=f"some/pairs: {message}"):
         train_ganpo.main(flags(tiny_world, tmp_path / "r", "--dataset=some/pairs"))
     assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_a_cached_file_of_a_hub_id_is_checked_too(file, tiny_world, tmp_path, monkeypatch):
+    repo = tmp_path / "models--some--model"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("c0ffee")
+    shutil.copytree(tiny_world / "llama", repo / "snapshots" / "c0ffee")
+    for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE"):
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", str(tmp_path))
+    file = repo / "snapshots" / "c0ffee" / file
+    policy.read_any_config("some/model")
+    file.write_text(file.read_text().replace("{", '{"a": 1, "a": 1, ', 1))
+    with pytest.raises(InputError, match=f"^--model some/model: {file.name}: a is given twice$"):
+        policy.read_any_config("some/model")
+
+
+def test_older_and_newer_names_of_one_setting_may_stand_side_by_side(tiny_world, tmp_path):
+    """As in our own exports, and Qwen2-VL's `type` is another one than its rope_type."""
+    angles = {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}
+    policy.check_angles({
+        "rope_theta": 10000, "rope_scaling": {"type": "linear", "factor": 2},
+        "rope_parameters": {"full_attention": angles, "sliding_attention": {"rope_theta": 1e3}},
+    })  # fmt: skip
+    policy.check_angles({"rope_scaling": {"type": "mrope", "rope_type": "default"},
+                         "rope_parameters": {"rope_type": "default"}})  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["model", "dataset"])
@@ -658,12 +714,15 @@ def test_a_model_that_sees_what_follows_is_refused(tiny_world, tmp_path):
         train_ganpo.main(flags(tiny_world, tmp_path / "r", f"--model={model}"))
 
 
-@pytest.mark.parametrize("family", ["t5", "bloom"])
-def test_a_model_without_positions_is_one_line_in_every_program(family, tiny_world, tmp_path):
-    AutoConfig.for_model(family).save_pretrained(tmp_path / "m")
+@pytest.mark.parametrize("family", ["t5", "bloom", "bert"])
+def test_a_model_without_positions_or_an_encoder_is_one_line_in_every_program(
+    family, tiny_world, tmp_path
+):
+    more = {"is_decoder": True} if family == "bert" else {}
+    AutoConfig.for_model(family, **more).save_pretrained(tmp_path / "m")
     tiny().save_pretrained(tmp_path / "m")
     save_file({}, tmp_path / "m" / "model.safetensors")
-    message = f"model type '{family}' is not supported"
+    message = f"model type '{family}' is not supported" + ".*: gemma2, .*smollm3" * bool(more)
     refused_by_all(message, tiny_world, tmp_path / "out", tmp_path / "m")
 
 
@@ -694,17 +753,20 @@ def test_the_least_memory_is_a_sum_that_can_be_done_by_hand(family, tiny_world):
         "weights, moments, gradients": 16 * n,  # float32: weights, gradients, two moments
         "reference": 4 * n,
         "graphs": 1000 * 3 * 4 * (10 * 32 + 3 * 48),
+        "critics": 0,
     }
     assert policy.least_memory(name, name, torch.bfloat16, **of) == {
         "weights, moments, gradients": 16 * n,  # as with float32, of which the weights are
         "reference": 2 * n,
         "graphs": 1000 * 3 * 2 * (10 * 32 + 3 * 48),
+        "critics": 0,
     }
-    of |= dict(checkpointing=True, shards=4)
+    of |= dict(checkpointing=True, shards=4, critics=77)
     assert policy.least_memory(name, None, torch.float64, **of) == {
         "weights, moments, gradients": 32 * n / 4,
         "reference": 0,
         "graphs": 1000 * 3 * 8 * 32,
+        "critics": 4 * 8 * 77,  # whole on every rank
     }
 
 
@@ -739,6 +801,15 @@ def test_the_graphs_that_count_are_those_that_are_alive_at_once(
     run(tiny_world, tmp_path / "r", *more, "--micro_batch_size=3")
     alive = [max(x) for x in tokens] if more else [sum(x) for x in tokens]
     assert [x["kept_tokens"] for x in seen] == [max(alive)] and len(tokens) == 3
+    # disc_hidden 16, 2 layers: project_in, positions, layers of 12 matrices, head
+    d, n = 16, 0 if more else 2
+    layers = 2 * (12 * d * d + 13 * d)
+    assert seen[0]["critics"] == n * (33 * d + 64 * d + layers + d * d + d + d + 1)
+
+
+def test_critics_that_cannot_fit_are_refused_before_they_are_made(tiny_world, tmp_path):
+    with pytest.raises(SystemExit, match=r"critics 3\d{3}\.\d\d\); available"):
+        train_ganpo.main(flags(tiny_world, tmp_path / "r", "--disc_hidden=65536"))
 
 
 def test_what_cannot_fit_is_refused_with_the_numbers(tiny_world, tmp_path, monkeypatch):
@@ -746,7 +817,7 @@ def test_what_cannot_fit_is_refused_with_the_numbers(tiny_world, tmp_path, monke
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # before a weight is read
     with pytest.raises(SystemExit, match=(
         r"^train_ganpo.py: memory per rank, at least: 0.00 GiB \(weights, moments, gradients 0.00,"
-        r" reference 0.00, graphs 0.00\); available: 0.00 GiB. More ranks or --checkpointing"
+        r" reference 0.00, graphs 0.00, critics 0.00\); available: 0.00 GiB. More ranks or"
     )):  # fmt: skip
         train_ganpo.main(flags(tiny_world, tmp_path / "r"))
     assert not (tmp_path / "r").exists()

@@ -9,6 +9,7 @@ The real program runs in this process or in forked ones.
 import argparse
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -31,6 +32,7 @@ import cpu
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -454,12 +456,93 @@ def test_what_is_no_state_of_the_run_is_not_continued(stopped, tiny_world, tmp_p
         train_ganpo.main([*argv[:-1], "--stop_after=5"])
 
 
-def test_a_state_of_other_shapes_is_one_line(stopped, tiny_world, tmp_path):
+def test_a_state_of_other_shapes_is_one_line(stopped, tiny_world, tmp_path, monkeypatch):
     out = shutil.copytree(stopped, tmp_path / "r")
     config = json_of(out / "config.json") | {"disc_hidden": 24}
     (out / "config.json").write_text(json.dumps(config))
+    more = "--epochs=2", "--resume", "--disc_hidden=24"
+    with pytest.raises(
+        SystemExit, match="of another run: disc_hidden 16 in place of 24; remove it"
+    ):
+        run(tiny_world, out, *more)
+    monkeypatch.setattr(checkpoint, "check_owner", lambda *a: None)
     with pytest.raises(SystemExit, match="step-000002 is the state of another model, or of other"):
-        run(tiny_world, out, "--epochs=2", "--resume", "--disc_hidden=24")
+        run(tiny_world, out, *more)
+
+
+@pytest.mark.parametrize("name, there, here", [
+    ("seed", "1", "0"), ("lr", "0.001", "0.003"), ("model_weights", r"\w{16}", r"\w{16}"),
+    ("data_fingerprint", r"\w{16}", r"\w{16}"), ("folder", "round-1", r"\."), (None, "", ""),
+])  # fmt: skip
+def test_a_state_that_another_run_has_written_is_refused(
+    name, there, here, stopped, tiny_world, tmp_path, monkeypatch
+):
+    """Of the same shapes, whole, and copied into the folder of a run that is resumed."""
+    out = shutil.copytree(stopped, tmp_path / "r")
+    file = out / "state" / "step-000002" / "manifest.json"
+    manifest = checkpoint.read_manifest(file.parent)
+    assert manifest["run"]["folder"] == "." and {"lr", "seed"} < {*manifest["run"]}
+    told = {"seed": 1, "lr": 0.001, "folder": "round-1"}.get(name, "c0ffee" * 2 + "beef")
+    manifest["run"] = manifest["run"] | {name: told} if name else {}
+    file.write_text(json.dumps(manifest | {"digest": checkpoint.digest(manifest)}))
+    what = f"{name} {there} in place of {here}" if name else "it does not say of which one"
+    with pytest.raises(
+        SystemExit, match=f"step-000002 is the state of another run: {what}; remove"
+    ):
+        run(tiny_world, out, "--epochs=2", "--resume")
+
+
+def test_a_state_in_a_game_belongs_to_its_folder(stopped, tmp_path):
+    """Those of two rounds have equal settings."""
+    (stopped / "round-1" / "reward").mkdir(parents=True)
+    own = checkpoint.run_of(stopped)
+    assert checkpoint.run_of(stopped / "round-1" / "reward") == own | {"folder": "round-1/reward"}
+    shutil.rmtree(stopped / "round-1")
+    assert checkpoint.run_of(tmp_path / "nothing") == {}
+
+
+@pytest.mark.parametrize("ranks", [1, slow(2)])
+@pytest.mark.parametrize("part, value", [
+    ("policy.model.model.norm.weight", "nan"), ("critics.disc_pos.ema", "inf"),
+    ("policy.model.lm_head.weight.exp_avg_sq", "inf"),
+])  # fmt: skip
+def test_a_state_of_what_is_not_finite_is_neither_written_nor_read(
+    part, value, ranks, stopped, tiny_world, tmp_path
+):
+    out, log = shutil.copytree(stopped, tmp_path / "r"), tmp_path / "log"
+    folder = out / "state" / "step-000002"
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors[part].view(-1)[-1] = float(value)
+    with safe_open(file, "pt") as opened:
+        save_file(tensors, file, opened.metadata())
+    manifest = checkpoint.read_manifest(folder)
+    manifest["files"] = {file.name: [file.stat().st_size, checkpoint.sha256(file)]}
+    text = json.dumps(manifest | {"digest": checkpoint.digest(manifest)})
+    (folder / "manifest.json").write_text(text)
+    argv = flags(tiny_world, out, "--epochs=2", "--resume")
+    assert join(spawn(argv, ranks, log=log)) == [1] * ranks
+    message = f"step-000002: remove it, because it holds numbers that are not finite: {part}\n"
+    assert message in log.read_text()
+
+
+def test_weights_that_the_last_step_spoils_are_not_saved(tiny_world, tmp_path, monkeypatch):
+    step = train_ganpo.train_step
+
+    def spoils(run, batches, number):
+        metrics = step(run, batches, number)
+        with torch.no_grad():
+            run.policy.model.lm_head.weight[3, 3] = math.inf
+        return metrics
+
+    monkeypatch.setattr(train_ganpo, "train_step", spoils)
+    message = "step 1: no state is written, because it would hold numbers .*: policy.model.lm_head"
+    with pytest.raises(SystemExit, match=message):
+        run(tiny_world, tmp_path / "r", "--max_steps=1")
+    monkeypatch.setattr(train_ganpo, "save_state", lambda *a: None)
+    with pytest.raises(SystemExit, match="the policy is not exported, because it .*: lm_head"):
+        run(tiny_world, tmp_path / "s", "--max_steps=1")
+    assert not [*tmp_path.glob("*/hf"), *tmp_path.glob("*/state/step*")]
 
 
 def test_a_reader_that_is_gone_ends_the_run_with_a_state(tiny_world, tmp_path, monkeypatch):

@@ -37,6 +37,7 @@ from helpers import (
     flags,
     furthest,
     latent_gradient,
+    make_model,
     naive_forward,
     plain_steps,
     rows_of,
@@ -382,6 +383,22 @@ def test_a_reference_whose_tokens_are_others_is_refused(tiny_world, tmp_path):
     (ref / "tokenizer.json").write_text(swapped(vocabulary, '"a": ', '"b": '))
     with pytest.raises(SystemExit, match="ref_model has another tokenizer: token .* is 'b' there"):
         run(tiny_world, tmp_path / "r", f"--ref_model={ref}")
+
+
+def test_a_reference_without_tokenizer_has_the_policys_if_it_is_as_large(
+    tiny_world, tmp_path, capsys
+):
+    for name, size in (("ref", 300), ("larger", 308)):
+        make_model(tmp_path / name, seed=3, vocab_size=size)
+        for file in tmp_path.glob(f"{name}/*token*"):
+            file.unlink()
+    more = f"--ref_model={tmp_path / 'ref'}", "--max_steps=1"
+    run(tiny_world, tmp_path / "r", *more)
+    assert f"--ref_model {tmp_path / 'ref'} has no tokenizer: --model's is used\n" in (
+        capsys.readouterr().out
+    )
+    with pytest.raises(SystemExit, match="larger has no tokenizer, and its 308 tokens are not"):
+        run(tiny_world, tmp_path / "s", f"--ref_model={tmp_path / 'larger'}")
 
 
 def swapped(text, one, other):
