@@ -90,7 +90,6 @@ from generate import (
     generate,
     prompts_to_ids,
     quiet,
-    read_writer_config,
     refuse_half_characters,
     template_notes,
 )
@@ -98,6 +97,7 @@ from policy import (
     check_token_ids,
     load_weights,
     positions_of,
+    read_any_config,
     read_tokenizer,
     unused_settings,
 )
@@ -275,7 +275,7 @@ class Writer:
 
     def __init__(self, name: str, flag: str, args, device: torch.device, day: str | None = None):
         self.name, self.flag, self.args, self.device, self._lm = name, flag, args, device, None
-        self.config = read_writer_config(name, flag)
+        self.config = read_any_config(name, flag)
         self.room = positions_of(self.config) - args.max_new_tokens  # tokens of a prompt
         tokenizer = read_tokenizer(name, args.chat_template, flag)
         with input_error_for(f"{flag} {name}"):

@@ -27,19 +27,14 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 from transformers.utils import logging as transformers_logging
 
 import distributed
 from data import ChatEncoder, InputError, half_a_character, input_error_for, leaves_out, user_chat
 from flags import Parser, at_least_0, command_line, count, given_flags, natural, refuse
 from policy import (
-    FAMILIES,
     check_token_ids,
     load_weights,
     positions_of,
@@ -345,23 +340,6 @@ def template_notes(encoder: ChatEncoder, chats: list[list[dict]]) -> list[str]:
     return [line for line, holds in lines.items() if holds]
 
 
-def read_writer_config(name: str, flag: str = "--model") -> PretrainedConfig:
-    """Returns the config of a model that writes, a folder or Hub id, as policy.read_any_config.
-
-    Raises InputError also for other models, as encoders, whose tokens see those that follow them.
-    """
-    config = read_any_config(name, flag)
-    kind, text = config.model_type, config.get_text_config()
-    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(text, "is_decoder", False)
-    encoder = encoder or getattr(text, "use_bidirectional_attention", False)
-    if encoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise InputError(
-            f"{flag} {name}: a model of type {kind!r} writes no text, because it is no causal"
-            f" language model, as are {', '.join(FAMILIES)} and others of AutoModelForCausalLM"
-        )
-    return config
-
-
 def show_error(kind, error, traceback):
     """Shows an exception that nobody has caught, as sys.excepthook."""
     if kind is KeyboardInterrupt:
@@ -403,7 +381,7 @@ def main(argv: list[str] | None = None):
         args = parse_args(argv)
         if args.temperature == 0 and "seed" in given_flags(argv):
             print("not used with --temperature 0: --seed")
-        config, chats = read_writer_config(args.model), [user_chat(p) for p in args.prompts]
+        config, chats = read_any_config(args.model), [user_chat(p) for p in args.prompts]
         encoder = ChatEncoder(read_tokenizer(args.model, args.chat_template))
         check_token_ids(prompts_to_ids(encoder, chats), config, f"--model {args.model}")
         print(*(f"--model: {line}\n" for line in template_notes(encoder, chats)), sep="", end="")

@@ -35,6 +35,7 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import (
@@ -260,16 +261,11 @@ NAMES_SHOWN = 3  # of the weights that are missing, say; the others are counted
 
 
 def check_config(config: PretrainedConfig, max_length: int):
-    """Raises ValueError if the model is not in FAMILIES, if a token sees those that follow it, if
-    the angles of its positions depend on the other texts of a batch, or if it has fewer than
-    max_length positions."""
+    """Raises ValueError if the model is not in FAMILIES, if the angles of its positions depend on
+    the other texts of a batch, or if it has fewer than max_length positions."""
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"model type {config.model_type!r} is not supported; these are: {', '.join(FAMILIES)}"
-        )
-    if getattr(config.get_text_config(), "use_bidirectional_attention", False):
-        raise ValueError(
-            "use_bidirectional_attention is not supported: such a model writes no text"
         )
     text = config.get_text_config()
     window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None) or ()
@@ -471,13 +467,19 @@ def read_any_config(name: str, flag: str = "--model") -> PretrainedConfig:
                 " was quantised, in float32, bfloat16 or float16"
             )
         positions_of(config)
-        encodes = config.is_encoder_decoder or config.model_type in MASKED
-        if encodes and flag != "--reward_model":
+        if flag != "--reward_model" and not writes(config):
             raise InputError(
-                f"model type {config.model_type!r} is not supported: an encoder writes no text;"
-                f" these can be trained: {', '.join(FAMILIES)}"
+                f"a model of type {config.model_type!r} writes no text, because it is no causal"
+                f" language model, as are {', '.join(FAMILIES)} and others of AutoModelForCausalLM"
             )
     return config
+
+
+def writes(config: PretrainedConfig) -> bool:
+    """Returns whether a model is a causal language model, no token of which sees those after it."""
+    kind, text = config.model_type, config.get_text_config()
+    backwards = getattr(text, "use_bidirectional_attention", False)
+    return kind in CAUSAL and kind not in MASKED and not (config.is_encoder_decoder or backwards)
 
 
 def read_model_config(name: str, max_length: int, flag: str = "--model") -> PretrainedConfig:
