@@ -589,7 +589,7 @@ class Critics:
             self.critics = load_discriminators(path, writer.device)
         except Exception:  # torch's message advises to load such a file without its safeguards
             raise InputError(f"{where}: not a whole file of discriminators") from None
-        if getattr(self.critics["disc_pos"], "differences", False):
+        if getattr(self.critics["disc_pos"], "reads_differences", False):
             raise InputError(
                 f"{where}: these critics read h - h_ref, and this program loads no reference"
             )

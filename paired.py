@@ -34,6 +34,7 @@ class TokenCritic(nn.Module):
     """
 
     updates = 1  # of the critics in a step
+    reads_differences = True  # so that it can score no text without the reference
 
     def __init__(self, hidden_size, hidden, **_):
         super().__init__()
@@ -58,7 +59,7 @@ class TokenCritic(nn.Module):
 class LatentCritic(TokenCritic):
     """Reads the latents themselves; it also tells good texts from bad ones."""
 
-    updates = 5
+    updates, reads_differences = 5, False
 
     def inputs(self, h_theta: Tensor, h_ref: Tensor) -> tuple[Tensor, Tensor]:
         return h_theta, h_ref
@@ -128,7 +129,7 @@ def update_discriminators(run, kept: list, step: int) -> dict[str, Tensor]:
                 slopes = sum(g.square().sum(-1) for g in gradients)
                 u = s_ref - s_theta
                 loss = paired_discriminator_loss(u, slopes, mask)
-                if isinstance(critic, LatentCritic):
+                if not critic.reads_differences:
                     # The critic keeps telling good texts from bad ones, by the reference's latents
                     # alone, so that this does not push the policy.
                     loss = loss + softplus(critic(other, other_mask) - critic(ref, mask))

@@ -539,7 +539,7 @@ def test_weights_that_the_last_step_spoils_are_not_saved(tiny_world, tmp_path, m
     message = "step 1: no state is written, because it would hold numbers .*: policy.model.lm_head"
     with pytest.raises(SystemExit, match=message):
         run(tiny_world, tmp_path / "r", "--max_steps=1")
-    monkeypatch.setattr(train_ganpo, "save_state", lambda *a: None)
+    monkeypatch.setattr(checkpoint, "save_state", lambda *a: None)
     with pytest.raises(SystemExit, match="the policy is not exported, because it .*: lm_head"):
         run(tiny_world, tmp_path / "s", "--max_steps=1")
     assert not [*tmp_path.glob("*/hf"), *tmp_path.glob("*/state/step*")]
