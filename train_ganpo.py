@@ -155,6 +155,7 @@ def forward_pairs(run, batch: Packed) -> SimpleNamespace:
     """
     args, adversarial, per_pair = run.args, run.args.lambda_adv > 0, {}
     head_hook = report.squares_hook(per_pair, "opo_grad", batch) if adversarial else None
+    give_back_memory(run)
     lp, h, h_ref = two_models(run, batch, head_hook)
     out = SimpleNamespace(losses=run.opo_loss(lp), per_pair=per_pair)
     if out.losses.shape != lp.logp_chosen.shape:  # a mean, say, would be divided by B once more
@@ -267,10 +268,16 @@ def backward(run, loss_opo: Tensor, loss_adv: Tensor):
     averages over ranks, so the loss is multiplied by the number of ranks.
     """
     lambda_adv = run.args.lambda_adv
-    if run.args.checkpointing:  # what the forwards left in pieces, so that backward can use it
-        cpu.give_back_freed_memory()
+    give_back_memory(run)
     loss = loss_opo + lambda_adv * loss_adv if lambda_adv > 0 else loss_opo
     (run.ranks * loss).backward()
+
+
+def give_back_memory(run):
+    """With --checkpointing gives back to the system what the phase before has left in pieces, so
+    that forward and backward do not need more memory with each step."""
+    if run.args.checkpointing:
+        cpu.give_back_freed_memory()
 
 
 def schedule(step: int, max_steps: int, warmup: float) -> float:
