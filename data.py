@@ -30,6 +30,7 @@ from contextlib import contextmanager
 from datetime import date
 from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -186,9 +187,6 @@ def read_rows(source: str, split: str, config: str | None = None) -> Sequence[di
     if not path.exists() and (kind or is_local(source)):
         raise InputError(f"{source}: no such file")
     if not path.is_file():
-        # pyarrow takes the last of two values in a message, and does not survive deep brackets
-        for file in sorted([*path.rglob("*.jsonl"), *path.rglob("*.jsonl.gz")]):
-            deque(parse_json(file), maxlen=0)
         return read_with_datasets(source, split, config)
     if config:
         raise InputError(f"--dataset_config {config}: {source} is one file, which has no configs")
@@ -258,6 +256,8 @@ def read_with_datasets(source: str, split: str, config: str | None) -> Sequence[
                 raise ValueError("a folder of save_to_disk has no configs (--dataset_config)")
             found = datasets.load_from_disk(source)
         else:
+            if Path(source).exists():
+                check_json_files(datasets.load_dataset_builder(source, config).config.data_files)
             found = datasets.load_dataset(source, config)
     except Exception as error:  # the library and the Hub raise many kinds
         missing = "" if Path(source).exists() else "is no file here and "
@@ -273,6 +273,17 @@ def read_with_datasets(source: str, split: str, config: str | None) -> Sequence[
     if split not in found:
         raise InputError(f"{source}: no split {split!r}; it has {', '.join(found)}")
     return found[split]
+
+
+def check_json_files(of_split: dict[str, list[str]] | None):
+    """Raises InputError as parse_json does for the files of JSON that are a folder's data set.
+
+    pyarrow takes the last of two values in a message, and does not survive deep brackets. What else
+    lies in the folder is not read.
+    """
+    for file in map(Path, chain(*(of_split or {}).values())):
+        if file.is_file() and FILE_NAME.search(file.name) and ".parquet" not in file.suffixes:
+            deque(parse_json(file), maxlen=0)
 
 
 def is_local(name: str) -> bool:

@@ -1157,6 +1157,25 @@ def test_a_folder_gives_the_same_triplets_and_names_its_splits(kind, tmp_path, m
     assert f"no split 'dev'; it has {', '.join(splits)}" in error_of(source, "dev")
 
 
+@pytest.mark.parametrize("kind", ["parquet", "save_to_disk", "named in README.md"])
+def test_other_files_of_a_data_set_s_folder_are_not_read(kind, tmp_path, monkeypatch):
+    from datasets import Dataset
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (folder := tmp_path / "folder").mkdir()
+    if kind == "parquet":
+        Dataset.from_list(good(3)).to_parquet(folder / "train.parquet")
+    elif kind == "save_to_disk":
+        Dataset.from_list(good(3)).save_to_disk(folder)
+    else:
+        write_lines(folder / "pairs.jsonl", good(3))
+        (folder / "README.md").write_text(
+            "---\nconfigs:\n- config_name: default\n  data_files: pairs.jsonl\n---\n"
+        )
+    (folder / "notes.jsonl").write_text("no JSON")
+    assert len(load_pairs(str(folder), "train", tiny(), 512).triplets) == 3
+
+
 def configs_folder(folder):
     """A data set with two configs, one of which holds pairs."""
     (folder / "a").mkdir(parents=True)
@@ -1246,6 +1265,7 @@ UNUSABLE = {  # the file's bytes, and what the message must say beside its name
     "twice.jsonl": (b'{"a": 1}\n{"b": 1, "b": 1}', "line 2: b is given twice"),
     "twice.json": (b'[{"a": [{"role": "user", "role": "user"}]}]', "role is given twice"),
     "folder/train.jsonl": (DEEP, "line 1: too many brackets"),
+    "folder/train.json": (DEEP, "line 1: too many brackets"),
     "folder/data/train.jsonl": (b'{"a": {"b": 1, "b": 2}}', "line 1: b is given twice"),
     "number.jsonl": (b'{"a": ' + b"1" * 5000 + b"}", "line 1: not rows of JSON"),
     "long.jsonl": (b'{"' + b"a" * 5000 + b'": 1}', "aaa ...; accepted"),
