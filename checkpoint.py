@@ -196,7 +196,8 @@ def model_fingerprints(**models: str | None) -> dict[str, str | None]:
 def config_fingerprint(name: str) -> str:
     """Returns a hash of a model's config.json and of how it generates, without what others than its
     author write there."""
-    both = [PretrainedConfig.get_config_dict(name)[0], generation_settings(name).to_dict()]
+    # what differs from transformers' defaults, because another version has settings more
+    both = [PretrainedConfig.get_config_dict(name)[0], generation_settings(name).to_diff_dict()]
     for config in both:
         for key in ("_commit_hash", "_name_or_path", "transformers_version", "_from_model_config"):
             config.pop(key, None)
@@ -471,7 +472,7 @@ def check_owner(folder: Path, noted: dict, out_dir: Path):
         if noted.get(k) != own.get(k)
     ]
     if not noted:
-        others = ["it does not say of which one"]
+        raise InputError(f"{folder} does not say of which run it is: remove it")
     if others:
         raise InputError(
             f"{folder} is the state of another run: {shortened('; '.join(others))}; remove it, or"

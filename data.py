@@ -686,9 +686,10 @@ def on_day(template: str, day: str) -> str:
 
 @contextmanager
 def at_most(seconds: float):
-    """Raises InputError in a `with` block that writes a conversation and takes longer.
+    """Raises InputError in a `with` block that writes a conversation and computes for longer.
 
-    Only a process's first thread can be interrupted so; in others nothing is limited.
+    A process that was stopped for a while has not computed: the time is the processor's. Only a
+    process's first thread can be interrupted so; in others nothing is limited.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -697,13 +698,13 @@ def at_most(seconds: float):
     def end(*_):
         raise InputError(f"the chat template takes over {seconds:g} seconds for one conversation")
 
-    before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGVTALRM, end)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 class ChatEncoder:

@@ -866,11 +866,16 @@ def test_a_hostile_template_is_one_line(template, tmp_path, monkeypatch):
     """Also one that loops for some rows only."""
     monkeypatch.setattr(data, "TEMPLATE_SECONDS", 0.2)
     monkeypatch.setattr(data, "LONGEST_TEXT", 500)
-    before, begin = signal.getsignal(signal.SIGALRM), time.monotonic()
+    before, begin = signal.getsignal(signal.SIGVTALRM), time.monotonic()
     with pytest.raises(InputError, match=f"^the chat template {HOSTILE[template]}"):
         load(tmp_path, good(2), tiny(template + CHAT))
-    assert time.monotonic() - begin < 5 and signal.getsignal(signal.SIGALRM) == before
-    time.sleep(0.25)  # no alarm is left
+    assert time.monotonic() - begin < 5 and signal.getsignal(signal.SIGVTALRM) == before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)  # no alarm is left
+
+
+def test_the_time_in_which_a_process_is_stopped_is_not_the_template_s():
+    with data.at_most(0.05):
+        time.sleep(0.1)
 
 
 def test_a_file_of_json_is_no_template(tmp_path):
