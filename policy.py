@@ -13,6 +13,7 @@ the same function of the weights. Shapes: N = 2b texts, R response tokens, H hid
 
 import functools
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -37,6 +38,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import (
     CONFIG_NAME,
@@ -504,10 +506,21 @@ def read_tokenizer(name: str, chat_template: str | None = None, flag: str = "--m
     """Returns the tokenizer of a folder or Hub id; chat_template names one of its own several, or
     is a file that replaces them.
 
-    Raises InputError, which begins with `flag`, if either cannot be read.
+    A printed line says what of its tokenizer_config.json another file replaces, as
+    chat_template.jinja and special_tokens_map.json do. Raises InputError, which begins with `flag`,
+    if either cannot be read.
     """
     with input_error_for(f"{flag} {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        said = get_tokenizer_config(name)
+    for key in ("chat_template", *tokenizer.SPECIAL_TOKENS_ATTRIBUTES):
+        value = said.get(key)
+        if isinstance(value, list):
+            value = {template["name"]: template["template"] for template in value}
+        elif isinstance(value, dict):  # a token with its settings
+            value = value.get("content")
+        if value and value != getattr(tokenizer, key) and int(os.environ.get("RANK", 0)) == 0:
+            print_once(f"{name}: another file's {key} is used, not that of tokenizer_config.json")
     if chat_template:
         tokenizer.chat_template = find_template(chat_template, tokenizer)
     return tokenizer

@@ -563,6 +563,24 @@ def test_an_id_that_the_hub_does_not_give_is_one_line_in_a_moment(
     assert time.monotonic() - begin < 10
 
 
+def test_what_another_file_of_a_tokenizer_replaces_is_said(tiny_world, tmp_path, capsys):
+    folder = shutil.copytree(tiny_world / "llama", tmp_path / "m")
+    file = folder / "tokenizer_config.json"
+    template, own = (folder / "chat_template.jinja").read_text(), json_of(file)
+    same = {"chat_template": template}
+    same["eos_token"] = {"__type": "AddedToken", "content": own["eos_token"], "special": True}
+    file.write_text(json.dumps(own | same))
+    policy.read_tokenizer(str(folder))
+    assert capsys.readouterr().out == ""
+    file.write_text(json.dumps(own | {"chat_template": "another"}))
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<|end|>"}')
+    tokenizer = policy.read_tokenizer(str(folder))
+    assert (tokenizer.chat_template, tokenizer.eos_token) == (template, "<|end|>")
+    said = f"{folder}: another file's KEY is used, not that of tokenizer_config.json\n"
+    keys = "chat_template", "eos_token"
+    assert capsys.readouterr().out == "".join(said.replace("KEY", key) for key in keys)
+
+
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 def test_a_cached_file_of_a_hub_id_is_checked_too(file, tiny_world, tmp_path, monkeypatch):
     repo = tmp_path / "models--some--model"
