@@ -410,6 +410,8 @@ def check_json(name: str, content: dict):
         stops = dict(content).get("eos_token_id")
         if any(not isinstance(i, int) for i in as_list(stops)):
             raise InputError(f"eos_token_id is {stops!r}, no token ids")
+        with input_error_for("no settings that transformers can use"):
+            GenerationConfig.from_dict(content)
     elif name == TOKENIZER_CONFIG_FILE:
         templates = dict(content).get("chat_template") or ""
         named = templates if isinstance(templates, list) else [{"template": templates}]

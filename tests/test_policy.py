@@ -469,6 +469,10 @@ NOT_PLAIN = {
         lambda f: (f / "generation_config.json").write_text('{"eos_token_id": "</s>"}'),
         "generation_config.json: eos_token_id is '</s>', no token ids",
     ),
+    "a text in place of a number": (
+        lambda f: (f / "generation_config.json").write_text('{"max_new_tokens": "9"}'),
+        "generation_config.json: no settings that transformers can use: '<=' not supported",
+    ),
     "two values of a key": (
         lambda f: (f / "config.json").write_text(
             (f / "config.json").read_text().replace("{", '{"hidden_act": "relu", ', 1)
