@@ -729,7 +729,11 @@ class ChatEncoder:
         self.chat_template = tokenizer.get_chat_template()
         if "strftime_now" in self.chat_template:  # a run that goes on tomorrow must read the same
             self.day = day or str(date.today())
-            self.chat_template = on_day(self.chat_template, self.day)
+            try:
+                self.chat_template = on_day(self.chat_template, self.day)
+            except (TypeError, ValueError):
+                given = "which a config.json or .meta.json gives for the chat template"
+                raise InputError(f"the day {self.day!r}, {given}, is no date") from None
         self.bos = tokenizer.bos_token_id
         special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
         special |= set(tokenizer.all_special_tokens)

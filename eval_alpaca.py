@@ -1096,16 +1096,17 @@ def world_of(model: str) -> int:
     Another world's prompts may be among those that the model was trained on. Raises InputError if
     the run's config.json is damaged.
     """
-    folder = Path(model).parent
-    run = read_config(folder)
-    if run is None and Path(model).name == "hf" and (folder / "config.json").exists():
-        raise InputError(
-            f"{folder / 'config.json'} is damaged or not that of a run: pass --seed, which says in"
-            " what world of the miniature the model is examined"
-        )
-    run = run or {"seed": 0}
-    used = {Path(run[k]).parent for k in ("model", "ref_model", "dataset") if k in run}
-    return run["seed"] if world_folder(run["seed"]) in used else 0
+    file = Path(model).parent / "config.json"
+    run = read_config(file.parent)
+    with input_error_for(
+        f"{file} is damaged or not that of a run (pass --seed, which says in what world of the"
+        " miniature the model is examined)"
+    ):
+        if run is None and Path(model).name == "hf" and file.exists():
+            raise InputError("it has no data_fingerprint")
+        run = run or {"seed": 0}
+        used = {Path(run[k]).parent for k in ("model", "ref_model", "dataset") if k in run}
+        return run["seed"] if world_folder(run["seed"]) in used else 0
 
 
 def main(argv: list[str] | None = None):

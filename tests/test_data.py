@@ -1051,6 +1051,11 @@ def test_a_run_that_goes_on_or_is_repeated_tomorrow_reads_the_day_of_its_beginni
     assert json_of(tmp_path / "r" / "config.json")["template_day"] == began
     run(tiny_world, tmp_path / "s", f"--config={tmp_path / 'r/config.json'}")
     assert json_of(tmp_path / "s" / "config.json")["template_day"] == began
+    for day in ("yesterday", 5):
+        with pytest.raises(
+            InputError, match=f"^the day {day!r}, which a config.json or .* no date$"
+        ):
+            ChatEncoder(tiny(DATED), day)
 
 
 FAILING = {  # what a template does, and what is said of it

@@ -715,11 +715,16 @@ def test_a_run_is_examined_in_its_own_world_unless_a_seed_is_given(tmp_path):
     assert seed("--prompts=mine.jsonl", **own) == 0
     assert seed(model="out/mini/seed0/model", dataset="pairs.jsonl") == 0
     assert eval_alpaca.parse_args(["--model=some/model"]).seed == 0
-    (tmp_path / "config.json").write_text('{"seed": 7')
-    with pytest.raises(
-        InputError, match="config.json is damaged or not that of a run: pass --seed"
+    for damaged in (
+        '{"seed": 7',
+        '{"data_fingerprint": ""}',
+        '{"data_fingerprint": "", "model": 5}',
     ):
-        eval_alpaca.parse_args([f"--model={tmp_path / 'hf'}"])
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(
+            InputError, match=r"config.json is damaged or not that of a run \(pass --seed"
+        ):
+            eval_alpaca.parse_args([f"--model={tmp_path / 'hf'}"])
     assert eval_alpaca.parse_args([f"--model={tmp_path / 'hf'}", "--seed=3"]).seed == 3
 
 
