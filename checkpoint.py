@@ -342,8 +342,8 @@ def save_state(out_dir: Path, step: int, keep: int, trained: Trained):
 
 
 def run_of(out_dir: Path) -> dict:
-    """Returns what tells the run of a folder, or of the folder in it, from any other one: what its
-    config.json says of data, models, settings and seed, and the folder's place in it."""
+    """Returns what tells a run from any other: what the config.json in out_dir, or in a folder that
+    holds it, says of data, models, settings and seed, and where in that folder out_dir lies."""
     for folder in (out_dir, *out_dir.parents):
         if config := read_config(folder):
             told = {k: v for k, v in config.items() if k not in MAY_CHANGE_ON_RESUME}

@@ -195,7 +195,7 @@ def read_rows(source: str, split: str, config: str | None = None) -> Sequence[di
     return parse_parquet(path) if kind[1] == "parquet" else [*parse_json(path)]
 
 
-def opened(path: Path):
+def open_unpacked(path: Path):
     """Returns an open file to read bytes from, unpacked where its name ends with .gz."""
     return (gzip.open if path.suffix == ".gz" else open)(path, "rb")
 
@@ -205,7 +205,7 @@ def parse_parquet(path: Path) -> list[dict]:
     import pyarrow.parquet
 
     try:
-        with opened(path) as file:
+        with open_unpacked(path) as file:
             return pyarrow.parquet.read_table(io.BytesIO(file.read())).to_pylist()
     except (pyarrow.ArrowException, OSError, EOFError, ValueError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read as parquet: {reason_of(error)}") from None
@@ -215,7 +215,7 @@ def parse_json(path: Path) -> Iterator:
     """Yields the rows of a file: those of a JSON list, or one row of JSON in each line."""
     where = path
     try:
-        with opened(path) as file:
+        with open_unpacked(path) as file:
             if file.peek(1).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
                 yield from JSON.decode(file.read().decode("utf-8-sig"))
                 return

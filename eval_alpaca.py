@@ -121,6 +121,7 @@ READ_BY = {  # what judges read of a row of --prompts beside the prompt
 }
 ANY_ANSWERS = {"chosen": "a", "rejected": "b"}  # they make a prompt a row of preference data
 OF_TEXT = "cut_text left_out spelled".split()  # what reward model and critics did not read
+ANSWERS_AT = "answers at T "  # and a temperature: a key of results.meta.json
 LEAST_ROOM = 32  # tokens of a prompt beside --max_new_tokens
 
 
@@ -491,6 +492,13 @@ def check_results(out: Path, settings: dict):
     """
     if (path := out / "results.json").exists():
         old = read_meta(path.with_suffix(".meta.json"))
+        lost = [key for key in old if key.startswith(ANSWERS_AT) and key not in settings]
+        if lost:
+            lost = ", ".join(key.removeprefix(ANSWERS_AT) for key in lost)
+            raise InputError(
+                f"{path} has results at T {lost}, which would be lost: add {lost} to"
+                " --temperatures, or pass another --out"
+            )
         check_same_settings(path, {k: settings.get(k) for k, v in old.items() if v is not None})
 
 
@@ -863,7 +871,7 @@ def judged_by(args, inputs: SimpleNamespace) -> dict:
         "content of --baseline": baseline,
         "content of --reward_model": config and fingerprint(args.reward_model, config),
         "content of --score_discriminators": content(args.score_discriminators),
-        **{f"answers at T {t:g}": content(files.get(t)) or "--model's" for t in args.temperatures},
+        **{f"{ANSWERS_AT}{t:g}": content(files.get(t)) or "--model's" for t in args.temperatures},
     }
 
 

@@ -445,7 +445,8 @@ def read_any_config(name: str, flag: str = "--model") -> PretrainedConfig:
     """Returns the config of a folder or Hub id of any family, before any weight is read.
 
     Raises InputError, which begins with `flag`, if there is none, if the weights are an adapter,
-    quantised or, in a folder, not whole files, or if the number of positions is not known.
+    quantised or, in a folder, not whole files, if the number of positions is not known, or if the
+    model is neither one that writes text nor given by --reward_model.
     """
     folder = Path(name)
     with input_error_for(f"{flag} {name}"):
