@@ -345,7 +345,8 @@ def weight_files(folder: Path) -> list[Path]:
     index = path.with_name(f"{path.name}.index.json")
     if index in others:  # both would say what the weights are
         raise InputError(f"holds both {path.name} and {index.name}: remove one of them")
-    for file in (path, *folder.glob("*.json"), *folder.glob("*.model")):
+    kinds = "*config.json", "*token*.json", "vocab*.json", "*.model"  # transformers reads no others
+    for file in (path, *(file for kind in kinds for file in folder.glob(kind))):
         check_file(file)
     if path.suffix != ".json":
         return [path]

@@ -340,6 +340,12 @@ def test_weights_that_are_not_the_models_are_refused_by_every_program(kind, tiny
         world.examine(str(model), [], 0.0, 0)
 
 
+def test_files_of_a_model_s_folder_that_are_not_the_model_s_may_be_anything(tiny_world, tmp_path):
+    model = shutil.copytree(tiny_world / "llama", tmp_path / "model")
+    (model / "log.json").write_text('{"step": 1}\n{"step": 2}\n')
+    assert policy.weight_files(model) == [model / "model.safetensors"]
+
+
 def test_a_folder_with_both_kinds_of_shards_is_read_from_safetensors(tiny_world, tmp_path):
     """As many on the Hub are."""
     model = shutil.copytree(tiny_world / "llama", tmp_path / "model")
