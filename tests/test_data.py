@@ -864,7 +864,8 @@ HOSTILE = {  # a template, and what is said of it
 @pytest.mark.parametrize("template", HOSTILE)
 def test_a_hostile_template_is_one_line(template, tmp_path, monkeypatch):
     """Also one that loops for some rows only."""
-    monkeypatch.setattr(data, "TEMPLATE_SECONDS", 0.2)
+    if LOOP in template:  # a busy machine may need as long for any other one
+        monkeypatch.setattr(data, "TEMPLATE_SECONDS", 0.2)
     monkeypatch.setattr(data, "LONGEST_TEXT", 500)
     before, begin = signal.getsignal(signal.SIGVTALRM), time.monotonic()
     with pytest.raises(InputError, match=f"^the chat template {HOSTILE[template]}"):
