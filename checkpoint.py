@@ -196,7 +196,8 @@ def model_fingerprints(**models: str | None) -> dict[str, str | None]:
 def config_fingerprint(name: str) -> str:
     """Returns a hash of a model's config.json and of how it generates, without what others than its
     author write there."""
-    both = [PretrainedConfig.get_config_dict(name)[0], generation_settings(name).to_dict()]
+    # what differs from transformers' defaults, because another version has settings more
+    both = [PretrainedConfig.get_config_dict(name)[0], generation_settings(name).to_diff_dict()]
     for config in both:
         for key in ("_commit_hash", "_name_or_path", "transformers_version", "_from_model_config"):
             config.pop(key, None)
@@ -341,8 +342,8 @@ def save_state(out_dir: Path, step: int, keep: int, trained: Trained):
 
 
 def run_of(out_dir: Path) -> dict:
-    """Returns what tells the run of a folder, or of the folder in it, from any other one: what its
-    config.json says of data, models, settings and seed, and the folder's place in it."""
+    """Returns what tells a run from any other: what the config.json in out_dir, or in a folder that
+    holds it, says of data, models, settings and seed, and where in that folder out_dir lies."""
     for folder in (out_dir, *out_dir.parents):
         if config := read_config(folder):
             told = {k: v for k, v in config.items() if k not in MAY_CHANGE_ON_RESUME}
@@ -471,7 +472,7 @@ def check_owner(folder: Path, noted: dict, out_dir: Path):
         if noted.get(k) != own.get(k)
     ]
     if not noted:
-        others = ["it does not say of which one"]
+        raise InputError(f"{folder} does not say of which run it is: remove it")
     if others:
         raise InputError(
             f"{folder} is the state of another run: {shortened('; '.join(others))}; remove it, or"

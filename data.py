@@ -30,6 +30,7 @@ from contextlib import contextmanager
 from datetime import date
 from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -186,9 +187,6 @@ def read_rows(source: str, split: str, config: str | None = None) -> Sequence[di
     if not path.exists() and (kind or is_local(source)):
         raise InputError(f"{source}: no such file")
     if not path.is_file():
-        # pyarrow takes the last of two values in a message, and does not survive deep brackets
-        for file in sorted([*path.rglob("*.jsonl"), *path.rglob("*.jsonl.gz")]):
-            deque(parse_json(file), maxlen=0)
         return read_with_datasets(source, split, config)
     if config:
         raise InputError(f"--dataset_config {config}: {source} is one file, which has no configs")
@@ -197,7 +195,7 @@ def read_rows(source: str, split: str, config: str | None = None) -> Sequence[di
     return parse_parquet(path) if kind[1] == "parquet" else [*parse_json(path)]
 
 
-def opened(path: Path):
+def open_unpacked(path: Path):
     """Returns an open file to read bytes from, unpacked where its name ends with .gz."""
     return (gzip.open if path.suffix == ".gz" else open)(path, "rb")
 
@@ -207,7 +205,7 @@ def parse_parquet(path: Path) -> list[dict]:
     import pyarrow.parquet
 
     try:
-        with opened(path) as file:
+        with open_unpacked(path) as file:
             return pyarrow.parquet.read_table(io.BytesIO(file.read())).to_pylist()
     except (pyarrow.ArrowException, OSError, EOFError, ValueError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read as parquet: {reason_of(error)}") from None
@@ -217,7 +215,7 @@ def parse_json(path: Path) -> Iterator:
     """Yields the rows of a file: those of a JSON list, or one row of JSON in each line."""
     where = path
     try:
-        with opened(path) as file:
+        with open_unpacked(path) as file:
             if file.peek(1).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
                 yield from JSON.decode(file.read().decode("utf-8-sig"))
                 return
@@ -258,6 +256,8 @@ def read_with_datasets(source: str, split: str, config: str | None) -> Sequence[
                 raise ValueError("a folder of save_to_disk has no configs (--dataset_config)")
             found = datasets.load_from_disk(source)
         else:
+            if Path(source).exists():
+                check_json_files(datasets.load_dataset_builder(source, config).config.data_files)
             found = datasets.load_dataset(source, config)
     except Exception as error:  # the library and the Hub raise many kinds
         missing = "" if Path(source).exists() else "is no file here and "
@@ -273,6 +273,17 @@ def read_with_datasets(source: str, split: str, config: str | None) -> Sequence[
     if split not in found:
         raise InputError(f"{source}: no split {split!r}; it has {', '.join(found)}")
     return found[split]
+
+
+def check_json_files(of_split: dict[str, list[str]] | None):
+    """Raises InputError as parse_json does for the files of JSON that are a folder's data set.
+
+    pyarrow takes the last of two values in a message, and does not survive deep brackets. What else
+    lies in the folder is not read.
+    """
+    for file in map(Path, chain(*(of_split or {}).values())):
+        if file.is_file() and FILE_NAME.search(file.name) and ".parquet" not in file.suffixes:
+            deque(parse_json(file), maxlen=0)
 
 
 def is_local(name: str) -> bool:
@@ -675,9 +686,10 @@ def on_day(template: str, day: str) -> str:
 
 @contextmanager
 def at_most(seconds: float):
-    """Raises InputError in a `with` block that writes a conversation and takes longer.
+    """Raises InputError in a `with` block that writes a conversation and computes for longer.
 
-    Only a process's first thread can be interrupted so; in others nothing is limited.
+    A process that was stopped for a while has not computed: the time is the processor's. Only a
+    process's first thread can be interrupted so; in others nothing is limited.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -686,13 +698,13 @@ def at_most(seconds: float):
     def end(*_):
         raise InputError(f"the chat template takes over {seconds:g} seconds for one conversation")
 
-    before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGVTALRM, end)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 class ChatEncoder:
@@ -717,7 +729,11 @@ class ChatEncoder:
         self.chat_template = tokenizer.get_chat_template()
         if "strftime_now" in self.chat_template:  # a run that goes on tomorrow must read the same
             self.day = day or str(date.today())
-            self.chat_template = on_day(self.chat_template, self.day)
+            try:
+                self.chat_template = on_day(self.chat_template, self.day)
+            except (TypeError, ValueError):
+                given = "which a config.json or .meta.json gives for the chat template"
+                raise InputError(f"the day {self.day!r}, {given}, is no date") from None
         self.bos = tokenizer.bos_token_id
         special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
         special |= set(tokenizer.all_special_tokens)

@@ -121,6 +121,7 @@ READ_BY = {  # what judges read of a row of --prompts beside the prompt
 }
 ANY_ANSWERS = {"chosen": "a", "rejected": "b"}  # they make a prompt a row of preference data
 OF_TEXT = "cut_text left_out spelled".split()  # what reward model and critics did not read
+ANSWERS_AT = "answers at T "  # and a temperature: a key of results.meta.json
 LEAST_ROOM = 32  # tokens of a prompt beside --max_new_tokens
 
 
@@ -491,6 +492,13 @@ def check_results(out: Path, settings: dict):
     """
     if (path := out / "results.json").exists():
         old = read_meta(path.with_suffix(".meta.json"))
+        lost = [key for key in old if key.startswith(ANSWERS_AT) and key not in settings]
+        if lost:
+            lost = ", ".join(key.removeprefix(ANSWERS_AT) for key in lost)
+            raise InputError(
+                f"{path} has results at T {lost}, which would be lost: add {lost} to"
+                " --temperatures, or pass another --out"
+            )
         check_same_settings(path, {k: settings.get(k) for k, v in old.items() if v is not None})
 
 
@@ -863,7 +871,7 @@ def judged_by(args, inputs: SimpleNamespace) -> dict:
         "content of --baseline": baseline,
         "content of --reward_model": config and fingerprint(args.reward_model, config),
         "content of --score_discriminators": content(args.score_discriminators),
-        **{f"answers at T {t:g}": content(files.get(t)) or "--model's" for t in args.temperatures},
+        **{f"{ANSWERS_AT}{t:g}": content(files.get(t)) or "--model's" for t in args.temperatures},
     }
 
 
@@ -1096,16 +1104,17 @@ def world_of(model: str) -> int:
     Another world's prompts may be among those that the model was trained on. Raises InputError if
     the run's config.json is damaged.
     """
-    folder = Path(model).parent
-    run = read_config(folder)
-    if run is None and Path(model).name == "hf" and (folder / "config.json").exists():
-        raise InputError(
-            f"{folder / 'config.json'} is damaged or not that of a run: pass --seed, which says in"
-            " what world of the miniature the model is examined"
-        )
-    run = run or {"seed": 0}
-    used = {Path(run[k]).parent for k in ("model", "ref_model", "dataset") if k in run}
-    return run["seed"] if world_folder(run["seed"]) in used else 0
+    file = Path(model).parent / "config.json"
+    run = read_config(file.parent)
+    with input_error_for(
+        f"{file} is damaged or not that of a run (pass --seed, which says in what world of the"
+        " miniature the model is examined)"
+    ):
+        if run is None and Path(model).name == "hf" and file.exists():
+            raise InputError("it has no data_fingerprint")
+        run = run or {"seed": 0}
+        used = {Path(run[k]).parent for k in ("model", "ref_model", "dataset") if k in run}
+        return run["seed"] if world_folder(run["seed"]) in used else 0
 
 
 def main(argv: list[str] | None = None):

@@ -13,6 +13,7 @@ the same function of the weights. Shapes: N = 2b texts, R response tokens, H hid
 
 import functools
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -37,6 +38,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import (
     CONFIG_NAME,
@@ -343,7 +345,8 @@ def weight_files(folder: Path) -> list[Path]:
     index = path.with_name(f"{path.name}.index.json")
     if index in others:  # both would say what the weights are
         raise InputError(f"holds both {path.name} and {index.name}: remove one of them")
-    for file in (path, *folder.glob("*.json"), *folder.glob("*.model")):
+    kinds = "*config.json", "*token*.json", "vocab*.json", "*.model"  # transformers reads no others
+    for file in (path, *(file for kind in kinds for file in folder.glob(kind))):
         check_file(file)
     if path.suffix != ".json":
         return [path]
@@ -408,6 +411,8 @@ def check_json(name: str, content: dict):
         stops = dict(content).get("eos_token_id")
         if any(not isinstance(i, int) for i in as_list(stops)):
             raise InputError(f"eos_token_id is {stops!r}, no token ids")
+        with input_error_for("no settings that transformers can use"):
+            GenerationConfig.from_dict(content)
     elif name == TOKENIZER_CONFIG_FILE:
         templates = dict(content).get("chat_template") or ""
         named = templates if isinstance(templates, list) else [{"template": templates}]
@@ -441,7 +446,8 @@ def read_any_config(name: str, flag: str = "--model") -> PretrainedConfig:
     """Returns the config of a folder or Hub id of any family, before any weight is read.
 
     Raises InputError, which begins with `flag`, if there is none, if the weights are an adapter,
-    quantised or, in a folder, not whole files, or if the number of positions is not known.
+    quantised or, in a folder, not whole files, if the number of positions is not known, or if the
+    model is neither one that writes text nor given by --reward_model.
     """
     folder = Path(name)
     with input_error_for(f"{flag} {name}"):
@@ -504,10 +510,21 @@ def read_tokenizer(name: str, chat_template: str | None = None, flag: str = "--m
     """Returns the tokenizer of a folder or Hub id; chat_template names one of its own several, or
     is a file that replaces them.
 
-    Raises InputError, which begins with `flag`, if either cannot be read.
+    A printed line says what of its tokenizer_config.json another file replaces, as
+    chat_template.jinja and special_tokens_map.json do. Raises InputError, which begins with `flag`,
+    if either cannot be read.
     """
     with input_error_for(f"{flag} {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        said = get_tokenizer_config(name)
+    for key in ("chat_template", *tokenizer.SPECIAL_TOKENS_ATTRIBUTES):
+        value = said.get(key)
+        if isinstance(value, list):
+            value = {template["name"]: template["template"] for template in value}
+        elif isinstance(value, dict):  # a token with its settings
+            value = value.get("content")
+        if value and value != getattr(tokenizer, key) and int(os.environ.get("RANK", 0)) == 0:
+            print_once(f"{name}: another file's {key} is used, not that of tokenizer_config.json")
     if chat_template:
         tokenizer.chat_template = find_template(chat_template, tokenizer)
     return tokenizer

@@ -171,6 +171,8 @@ def read_golden(path: str) -> tuple[list[Prompt], list[str], list[str]]:
                 names = " or ".join(names)
                 raise InputError(f"--golden {path}: row {i} has no {names}: {', '.join(row)}")
         used = pair["prompt"], pair["chosen"]
+        if not isinstance(pair["chosen"], str):
+            raise InputError(f"--golden {path}: row {i}: its golden answer is no text")
         pair["rejected"] = f"{pair['chosen']}."  # any other answer makes it preference data
         try:
             chat, answer, _ = to_messages(pair)

@@ -204,6 +204,7 @@ def test_the_reward_model_never_sees_the_llms_prompts(handed):
         ),
         (["--golden=other.jsonl"], "row 0 has no golden or solution: query, answer"),
         (["--golden=tools.jsonl"], "--golden tools.jsonl: row 0: has tools"),
+        (["--golden=chat.jsonl"], "--golden chat.jsonl: row 0: its golden answer is no text"),
         (["--golden=half.jsonl"], "--golden half.jsonl: row 0 holds half a character"),
         (["--golden=few.jsonl"], "--batch_size 16: only 0 prompts for the LLM, 64 human pairs"),
         (["--human=nowhere.jsonl"], "nowhere.jsonl"),
@@ -233,6 +234,7 @@ def test_bad_input_ends_with_one_line(game, flags, message, monkeypatch):
         "golden": [{"prompt": f"p{i}", "golden": "b"} for i in range(32)],
         "other": [{"query": "a", "answer": "b"}],
         "tools": [{"prompt": "a", "golden": "b", "tools": ["f"]}],
+        "chat": [{"prompt": "a", "golden": [{"role": "assistant", "content": "b"}]}],
         "half": [{"prompt": "a", "golden": "b \ud83d"}],
     }  # fmt: skip
     for name, content in files.items():

@@ -864,13 +864,19 @@ HOSTILE = {  # a template, and what is said of it
 @pytest.mark.parametrize("template", HOSTILE)
 def test_a_hostile_template_is_one_line(template, tmp_path, monkeypatch):
     """Also one that loops for some rows only."""
-    monkeypatch.setattr(data, "TEMPLATE_SECONDS", 0.2)
+    if LOOP in template:  # a busy machine may need as long for any other one
+        monkeypatch.setattr(data, "TEMPLATE_SECONDS", 0.2)
     monkeypatch.setattr(data, "LONGEST_TEXT", 500)
-    before, begin = signal.getsignal(signal.SIGALRM), time.monotonic()
+    before, begin = signal.getsignal(signal.SIGVTALRM), time.monotonic()
     with pytest.raises(InputError, match=f"^the chat template {HOSTILE[template]}"):
         load(tmp_path, good(2), tiny(template + CHAT))
-    assert time.monotonic() - begin < 5 and signal.getsignal(signal.SIGALRM) == before
-    time.sleep(0.25)  # no alarm is left
+    assert time.monotonic() - begin < 5 and signal.getsignal(signal.SIGVTALRM) == before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)  # no alarm is left
+
+
+def test_the_time_in_which_a_process_is_stopped_is_not_the_template_s():
+    with data.at_most(0.05):
+        time.sleep(0.1)
 
 
 def test_a_file_of_json_is_no_template(tmp_path):
@@ -1046,6 +1052,11 @@ def test_a_run_that_goes_on_or_is_repeated_tomorrow_reads_the_day_of_its_beginni
     assert json_of(tmp_path / "r" / "config.json")["template_day"] == began
     run(tiny_world, tmp_path / "s", f"--config={tmp_path / 'r/config.json'}")
     assert json_of(tmp_path / "s" / "config.json")["template_day"] == began
+    for day in ("yesterday", 5):
+        with pytest.raises(
+            InputError, match=f"^the day {day!r}, which a config.json or .* no date$"
+        ):
+            ChatEncoder(tiny(DATED), day)
 
 
 FAILING = {  # what a template does, and what is said of it
@@ -1157,6 +1168,25 @@ def test_a_folder_gives_the_same_triplets_and_names_its_splits(kind, tmp_path, m
     assert f"no split 'dev'; it has {', '.join(splits)}" in error_of(source, "dev")
 
 
+@pytest.mark.parametrize("kind", ["parquet", "save_to_disk", "named in README.md"])
+def test_other_files_of_a_data_set_s_folder_are_not_read(kind, tmp_path, monkeypatch):
+    from datasets import Dataset
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (folder := tmp_path / "folder").mkdir()
+    if kind == "parquet":
+        Dataset.from_list(good(3)).to_parquet(folder / "train.parquet")
+    elif kind == "save_to_disk":
+        Dataset.from_list(good(3)).save_to_disk(folder)
+    else:
+        write_lines(folder / "pairs.jsonl", good(3))
+        (folder / "README.md").write_text(
+            "---\nconfigs:\n- config_name: default\n  data_files: pairs.jsonl\n---\n"
+        )
+    (folder / "notes.jsonl").write_text("no JSON")
+    assert len(load_pairs(str(folder), "train", tiny(), 512).triplets) == 3
+
+
 def configs_folder(folder):
     """A data set with two configs, one of which holds pairs."""
     (folder / "a").mkdir(parents=True)
@@ -1246,6 +1276,7 @@ UNUSABLE = {  # the file's bytes, and what the message must say beside its name
     "twice.jsonl": (b'{"a": 1}\n{"b": 1, "b": 1}', "line 2: b is given twice"),
     "twice.json": (b'[{"a": [{"role": "user", "role": "user"}]}]', "role is given twice"),
     "folder/train.jsonl": (DEEP, "line 1: too many brackets"),
+    "folder/train.json": (DEEP, "line 1: too many brackets"),
     "folder/data/train.jsonl": (b'{"a": {"b": 1, "b": 2}}', "line 1: b is given twice"),
     "number.jsonl": (b'{"a": ' + b"1" * 5000 + b"}", "line 1: not rows of JSON"),
     "long.jsonl": (b'{"' + b"a" * 5000 + b'": 1}', "aaa ...; accepted"),

@@ -715,11 +715,16 @@ def test_a_run_is_examined_in_its_own_world_unless_a_seed_is_given(tmp_path):
     assert seed("--prompts=mine.jsonl", **own) == 0
     assert seed(model="out/mini/seed0/model", dataset="pairs.jsonl") == 0
     assert eval_alpaca.parse_args(["--model=some/model"]).seed == 0
-    (tmp_path / "config.json").write_text('{"seed": 7')
-    with pytest.raises(
-        InputError, match="config.json is damaged or not that of a run: pass --seed"
+    for damaged in (
+        '{"seed": 7',
+        '{"data_fingerprint": ""}',
+        '{"data_fingerprint": "", "model": 5}',
     ):
-        eval_alpaca.parse_args([f"--model={tmp_path / 'hf'}"])
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(
+            InputError, match=r"config.json is damaged or not that of a run \(pass --seed"
+        ):
+            eval_alpaca.parse_args([f"--model={tmp_path / 'hf'}"])
     assert eval_alpaca.parse_args([f"--model={tmp_path / 'hf'}", "--seed=3"]).seed == 3
 
 
@@ -872,7 +877,7 @@ def test_results_of_other_answers_or_of_another_judge_are_not_written_over(
         return capsys.readouterr().out.splitlines()[-1].removeprefix("wrote ")
 
     def refused(message, *flags, **more):
-        with pytest.raises(SystemExit, match=f"{re.escape(message)}.*; pass another --out$"):
+        with pytest.raises(SystemExit, match=f"{re.escape(message)}.* pass another --out$"):
             judged(*flags, **more)
 
     by = "--judge=rm", "--reward_model=a/rm"
@@ -881,14 +886,14 @@ def test_results_of_other_answers_or_of_another_judge_are_not_written_over(
     refused(f"{out}/{REFUSED}content of --reward_model was ", "--judge=rm", "--reward_model=b/rm")
     refused(f"{REFUSED}prompts was ", *by, prompts="x/prompts.jsonl")
     refused(f"{REFUSED}answers at T 0 was ", *by, f"--out={out}", file="x/o.json")
-    refused(f"{REFUSED}answers at T 0 was ", *by, at=("0.5",))
+    refused("results at T 0, which would be lost: add 0 to --temperatures, or", *by, at=("0.5",))
     refused(f"{REFUSED}strip_thinking was False, is now True", *by, "--strip_thinking")
     refused(f"{REFUSED}judge was rm, is now mini", by[1], f"--out={out}")
     assert Path(out, "results.json").read_bytes() == whole
     assert judged("--judge=rm", "--reward_model=moved/rm") == out  # the same model
     judged(*by, at=("0", "0.7"))
     assert [row["temperature"] for row in json_of(f"{out}/results.json")] == [0, 0.7]
-    refused(f"{REFUSED}answers at T 0.7 was ", *by)
+    refused("results at T 0.7, which would be lost: add 0.7 to --temperatures, or", *by)
     versus = judged("--baseline=p.json")
     assert judged("--baseline=p.json") == versus != out
     refused(f"{versus}/{REFUSED}content of --baseline was ", "--baseline=x/p.json")

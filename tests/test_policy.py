@@ -340,6 +340,12 @@ def test_weights_that_are_not_the_models_are_refused_by_every_program(kind, tiny
         world.examine(str(model), [], 0.0, 0)
 
 
+def test_files_of_a_model_s_folder_that_are_not_the_model_s_may_be_anything(tiny_world, tmp_path):
+    model = shutil.copytree(tiny_world / "llama", tmp_path / "model")
+    (model / "log.json").write_text('{"step": 1}\n{"step": 2}\n')
+    assert policy.weight_files(model) == [model / "model.safetensors"]
+
+
 def test_a_folder_with_both_kinds_of_shards_is_read_from_safetensors(tiny_world, tmp_path):
     """As many on the Hub are."""
     model = shutil.copytree(tiny_world / "llama", tmp_path / "model")
@@ -469,6 +475,10 @@ NOT_PLAIN = {
         lambda f: (f / "generation_config.json").write_text('{"eos_token_id": "</s>"}'),
         "generation_config.json: eos_token_id is '</s>', no token ids",
     ),
+    "a text in place of a number": (
+        lambda f: (f / "generation_config.json").write_text('{"max_new_tokens": "9"}'),
+        "generation_config.json: no settings that transformers can use: '<=' not supported",
+    ),
     "two values of a key": (
         lambda f: (f / "config.json").write_text(
             (f / "config.json").read_text().replace("{", '{"hidden_act": "relu", ', 1)
@@ -561,6 +571,24 @@ def test_an_id_that_the_hub_does_not_give_is_one_line_in_a_moment(
     with pytest.raises(SystemExit, match=f"some/pairs: {message}"):
         train_ganpo.main(flags(tiny_world, tmp_path / "r", "--dataset=some/pairs"))
     assert time.monotonic() - begin < 10
+
+
+def test_what_another_file_of_a_tokenizer_replaces_is_said(tiny_world, tmp_path, capsys):
+    folder = shutil.copytree(tiny_world / "llama", tmp_path / "m")
+    file = folder / "tokenizer_config.json"
+    template, own = (folder / "chat_template.jinja").read_text(), json_of(file)
+    same = {"chat_template": template}
+    same["eos_token"] = {"__type": "AddedToken", "content": own["eos_token"], "special": True}
+    file.write_text(json.dumps(own | same))
+    policy.read_tokenizer(str(folder))
+    assert capsys.readouterr().out == ""
+    file.write_text(json.dumps(own | {"chat_template": "another"}))
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<|end|>"}')
+    tokenizer = policy.read_tokenizer(str(folder))
+    assert (tokenizer.chat_template, tokenizer.eos_token) == (template, "<|end|>")
+    said = f"{folder}: another file's KEY is used, not that of tokenizer_config.json\n"
+    keys = "chat_template", "eos_token"
+    assert capsys.readouterr().out == "".join(said.replace("KEY", key) for key in keys)
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])

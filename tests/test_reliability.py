@@ -34,7 +34,7 @@ import torch
 from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import checkpoint
 import distributed
@@ -370,6 +370,19 @@ def test_a_hub_id_is_known_by_its_cached_files(files, tiny_world, tmp_path, monk
     assert fetched == ["some/model"] * bool(files)
 
 
+def test_a_setting_that_another_transformers_knows_changes_no_fingerprint(tiny_world, monkeypatch):
+    """So a run continues after an update."""
+    model, init = str(tiny_world / "llama"), GenerationConfig.__init__
+
+    def of_another_version(self, **settings):
+        init(self, **settings)
+        self.new_setting = None
+
+    before = checkpoint.config_fingerprint(model)
+    monkeypatch.setattr(GenerationConfig, "__init__", of_another_version)
+    assert checkpoint.config_fingerprint(model) == before
+
+
 # ---------------------------------------------------------------------- refused weights
 
 
@@ -485,10 +498,9 @@ def test_a_state_that_another_run_has_written_is_refused(
     told = {"seed": 1, "lr": 0.001, "folder": "round-1"}.get(name, "c0ffee" * 2 + "beef")
     manifest["run"] = manifest["run"] | {name: told} if name else {}
     file.write_text(json.dumps(manifest | {"digest": checkpoint.digest(manifest)}))
-    what = f"{name} {there} in place of {here}" if name else "it does not say of which one"
-    with pytest.raises(
-        SystemExit, match=f"step-000002 is the state of another run: {what}; remove"
-    ):
+    what = f"is the state of another run: {name} {there} in place of {here}; remove"
+    what = what if name else "does not say of which run it is: remove it"
+    with pytest.raises(SystemExit, match=f"step-000002 {what}"):
         run(tiny_world, out, "--epochs=2", "--resume")
 
 

@@ -53,13 +53,10 @@ class Checks:
                     continue
                 try:
                     self.passed(row, "A text. And more.", "strict", [place])
-                except Exception as error:  # of many kinds
-                    if (
-                        type(error) is not LookupError
-                    ):  # which says that nltk's own data are missing
-                        raise ValueError(
-                            f"prompt {i}: {name} refuses its kwargs: {error}"
-                        ) from None
+                except Exception as error:
+                    if type(error) is not LookupError:  # by which nltk says that it lacks data
+                        refused = f"prompt {i}: {name} refuses its kwargs: {error}"
+                        raise ValueError(refused) from None
                     self.skipped[name] = " ".join(str(error).strip("*\n ").split())[:60]
 
     def __call__(self, row: dict, text: str) -> dict[str, list[bool]]:
