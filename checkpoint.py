@@ -325,7 +325,9 @@ def save_state(out_dir: Path, step: int, keep: int, trained: Trained):
     unfinished = folder.with_name("unfinished")
     from_rank_0(lambda: remove_unfinished(folder.parent), "state:")
     tensors, ranks = state_tensors(trained), dist.get_world_size()
-    refuse_what_is_not_finite(tensors, f"step {step}: no state is written, because it would hold")
+    refuse_tensors_that_are_not_finite(
+        tensors, f"step {step}: no state is written, because it would hold"
+    )
     try:
         check_space(out_dir, state_bytes(trained))
         writer = HuggingFaceStorageWriter(  # it syncs its files
@@ -351,7 +353,7 @@ def run_of(out_dir: Path) -> dict:
     return {}
 
 
-def refuse_what_is_not_finite(tensors: dict[str, torch.Tensor], message: str):
+def refuse_tensors_that_are_not_finite(tensors: dict[str, torch.Tensor], message: str):
     """Raises FloatingPointError on every rank, which begins with `message`, if a rank's part of a
     tensor holds a value that is not finite."""
     parts = {k: getattr(x, "to_local", lambda x=x: x)() for k, x in tensors.items()}
@@ -499,7 +501,7 @@ def load_state(out_dir: Path, manifest: dict, trained: Trained):
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
     except CheckpointException:  # pages of names and shapes
         raise InputError(f"{folder} is the state of another model, or of other critics") from None
-    refuse_what_is_not_finite(tensors, f"{folder}: remove it, because it holds")
+    refuse_tensors_that_are_not_finite(tensors, f"{folder}: remove it, because it holds")
     if f"rng.{rank}" in tensors:
         torch.set_rng_state(tensors[f"rng.{rank}"])
     if f"cuda_rng.{rank}" in tensors:
@@ -519,7 +521,7 @@ def export_policy(policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, f
     """
     weights, unfinished = {}, folder.with_name(".hf.unfinished")
     parts = policy.model.state_dict()
-    refuse_what_is_not_finite(parts, "the policy is not exported, because it holds")
+    refuse_tensors_that_are_not_finite(parts, "the policy is not exported, because it holds")
     for name, value in parts.items():
         value = value.full_tensor() if hasattr(value, "full_tensor") else value  # collective
         if dist.get_rank() == 0:
