@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from discriminator import EncoderLayer, build_discriminator
+import discriminator
+from discriminator import EncoderLayer, build_discriminator, padding_is_left_out
 from losses import (
     LN2,
     OPO_LOSSES,
@@ -440,8 +441,7 @@ def test_without_the_padding_scores_and_gradients_are_the_same(monkeypatch):
     disc.layers[0].ffn_in.register_forward_pre_hook(lambda _, x: forwards.append(x[0].shape))
     results = []
     for packed in (False, True):
-        # in a run in bfloat16 on a CPU, autocast is on; here the numbers stay float64
-        monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_, packed=packed: packed)
+        monkeypatch.setattr(discriminator, "padding_is_left_out", lambda x, packed=packed: packed)
         own = h.clone().requires_grad_()
         disc.zero_grad()
         scores = disc(own, mask)
@@ -470,7 +470,9 @@ def test_a_critic_gives_one_raw_score_per_sequence_in_the_precision_of_its_weigh
     disc.project_in.parametrizations.weight.register_forward_hook(
         lambda *_: while_normalising.append(torch.is_autocast_enabled("cpu"))
     )
+    assert not padding_is_left_out(h)
     with torch.autocast("cpu", torch.bfloat16):
+        assert padding_is_left_out(h)
         scores = disc(h, mask)
     assert scores.dtype == torch.float32 and while_normalising == [False]
     check_close(scores, expected, 0.05, 0.05)
