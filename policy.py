@@ -430,7 +430,8 @@ def check_json(name: str, content: dict):
 
 def check_angles(config: dict):
     """Raises InputError if a config.json gives a setting of the rotary positions two values: beside
-    the others, under rope_scaling (an older name) or rope_parameters. transformers takes one."""
+    the others, under rope_scaling (an older name) or rope_parameters (transformers takes one). Also
+    if rope_theta is no positive number."""
     said = {k: config[k] for k in ("rope_theta", "partial_rotary_factor") if k in config}
     for name in ("rope_scaling", "rope_parameters"):
         part = config.get(name) or {}
@@ -440,6 +441,9 @@ def check_angles(config: dict):
         for key, value in part.items():
             if value != said.setdefault(key, value):
                 raise InputError(f"{key} is {said[key]!r}, but {value!r} in {name}: remove one")
+    base = said.get("rope_theta")
+    if base is not None and not (isinstance(base, int | float) and base > 0):
+        raise InputError(f"rope_theta is {base!r}, no positive number")
 
 
 def read_any_config(name: str, flag: str = "--model") -> PretrainedConfig:
@@ -473,11 +477,16 @@ def read_any_config(name: str, flag: str = "--model") -> PretrainedConfig:
                 " was quantised, in float32, bfloat16 or float16"
             )
         positions_of(config)
-        if flag != "--reward_model" and not writes(config):
+        if flag == "--reward_model":
+            return config
+        if not writes(config):
             raise InputError(
                 f"a model of type {config.model_type!r} writes no text, because it is no causal"
                 f" language model, as are {', '.join(FAMILIES)} and others of AutoModelForCausalLM"
             )
+        check_token_ids(
+            [as_list(generation_settings(name).eos_token_id)], config, "the model (eos_token_id)"
+        )
     return config
 
 

@@ -424,6 +424,10 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1234
 NOT_PLAIN = {
     "an adapter beside": (lambda f: (f / "adapter_config.json").write_text("{}"), "merge it first"),
     "an adapter alone": (adapter_alone, r"merge it first \(peft: .*merge_and_unload.*save_pretr"),
+    "an angle that is none": (
+        lambda f: change_config(f, rope_theta=-1, rope_parameters=None),
+        "config.json: rope_theta is -1, no positive number",
+    ),
     "quantised": (
         lambda f: change_config(f, quantization_config={"quant_method": "gptq", "bits": 4}),
         r"quantised \(gptq\)",
@@ -752,6 +756,13 @@ def test_a_model_without_positions_or_an_encoder_is_one_line_in_every_program(
     tiny().save_pretrained(tmp_path / "m")
     save_file({}, tmp_path / "m" / "model.safetensors")
     refused_by_all(message, tiny_world, tmp_path / "out", tmp_path / "m")
+
+
+def test_a_stop_beyond_the_vocabulary_is_one_line_in_every_program(tiny_world, tmp_path):
+    model = make_model(tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").write_text('{"eos_token_id": [2, 99999]}')
+    message = r"token id 99999 is beyond the vocabulary of the model \(eos_token_id\), 300 tokens"
+    refused_by_all(message, tiny_world, tmp_path / "out", model)
 
 
 def test_token_ids_beyond_the_embedding_are_one_line_in_every_program(tiny_world, tmp_path):
