@@ -159,6 +159,19 @@ def padding_is_left_out(x: Tensor) -> bool:
     return x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
 
 
+def quick_dropout(x: Tensor, p: float) -> Tensor:
+    """Returns x with a share p of its values 0 and the others divided by 1 - p, as F.dropout.
+
+    p is rounded to a multiple of 2^-16, because each value is decided by 16 random bits; torch
+    draws a number of its own for each, which took a tenth of a step on a CPU.
+    """
+    steps = 2**16
+    zeros = round(p * steps)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= zeros - steps // 2
+    return x * kept.to(x.dtype).mul_(steps / (steps - zeros))
+
+
 class EncoderLayer(nn.Module):
     """Pre-norm self-attention over real tokens, then a GELU network four times as wide."""
 
@@ -170,6 +183,8 @@ class EncoderLayer(nn.Module):
         self.ffn_in, self.ffn_out = nn.Linear(hidden, 4 * hidden), nn.Linear(4 * hidden, hidden)
 
     def drop(self, x: Tensor) -> Tensor:
+        if self.dropout and self.training and padding_is_left_out(x):
+            return quick_dropout(x, self.dropout)
         return F.dropout(x, self.dropout, self.training)
 
     def forward(self, x: Tensor, mask: Tensor | None, lengths: list[int] | None = None) -> Tensor:
@@ -186,6 +201,9 @@ class EncoderLayer(nn.Module):
         """Returns what attention adds to each token, (N, L, D), for qkv (N, L, 3, heads, E)."""
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, L, E) each
         dropout = self.dropout if self.training else 0.0
+        if dropout and padding_is_left_out(qkv):
+            scores = (q * q.shape[-1] ** -0.5) @ k.mT
+            return (self.drop(scores.softmax(-1)) @ v).transpose(1, 2).flatten(2)
         seen = None if mask is None else mask[:, None, None]
         return F.scaled_dot_product_attention(q, k, v, seen, dropout).transpose(1, 2).flatten(2)
 

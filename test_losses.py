@@ -15,7 +15,12 @@ from torch import nn
 from torch.func import functional_call
 
 import discriminator
-from discriminator import EncoderLayer, build_discriminator, padding_is_left_out
+from discriminator import (
+    EncoderLayer,
+    build_discriminator,
+    padding_is_left_out,
+    quick_dropout,
+)
 from losses import (
     LN2,
     OPO_LOSSES,
@@ -451,6 +456,35 @@ def test_without_the_padding_scores_and_gradients_are_the_same(monkeypatch):
     assert forwards == [(3, 12, 32), (1, 20, 32)]
     for padded, packed in zip(*results, strict=True):
         check_close(packed, padded)
+
+
+def test_quick_dropout_zeroes_each_value_by_itself_and_keeps_the_mean():
+    x, p = torch.ones(1000, 1001, dtype=torch.float64, requires_grad=True), 0.1
+    y = quick_dropout(x, p)
+    zeros = (y == 0).double()
+    assert abs(zeros.mean() - p) < 5 * math.sqrt(p * (1 - p) / zeros.numel())
+    check_close(y[y > 0].mean(), 1 / (1 - p), 1e-4)
+    # values that share a random number of 64 bits, and others
+    for lag in (1, 2, 3, 4, 64):
+        both = (zeros.flatten()[lag:] * zeros.flatten()[:-lag]).mean()
+        assert abs(both - p * p) < 5 * p * math.sqrt(1 - p * p) / math.sqrt(zeros.numel())
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(gradient, y)
+    assert not torch.equal(quick_dropout(x, p), y)
+
+
+def test_where_padding_is_left_out_dropout_is_where_it_was(monkeypatch):
+    disc, (h, mask) = critic(dropout=0.5), latents()
+    expected, dropped = disc.eval()(h, mask), []
+    monkeypatch.setattr(discriminator, "padding_is_left_out", lambda x: True)
+    monkeypatch.setattr(
+        discriminator, "quick_dropout", lambda x, p: dropped.append([*x.shape]) or x
+    )
+    check_close(disc(h, mask), expected)
+    assert dropped == []  # in eval mode
+    check_close(disc.train()(h, mask), expected)
+    of_layer = [[1, 4, n, n] for n in (5, 3, 1)] + [[1, 9, 32], [1, 9, 128], [1, 9, 32]]
+    assert dropped == 2 * of_layer
 
 
 def test_an_unknown_kind_is_refused():
