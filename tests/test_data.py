@@ -876,7 +876,10 @@ def test_a_hostile_template_is_one_line(template, tmp_path, monkeypatch):
 
 def test_the_time_in_which_a_process_is_stopped_is_not_the_template_s():
     with data.at_most(0.05):
-        time.sleep(0.1)
+        time.sleep(0.1)  # as for a stopped process, this is no time of the processor
+    with pytest.raises(InputError, match="takes over 0.05 seconds"), data.at_most(0.05):
+        while True:
+            pass
 
 
 def test_a_file_of_json_is_no_template(tmp_path):
